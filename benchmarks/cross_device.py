@@ -17,6 +17,7 @@ import torch
 from report import arguments, tell
 
 from fedlora_mpi.config import from_dict
+from fedlora_mpi.engine.flops import Flops
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.run.assembly import build
@@ -43,7 +44,7 @@ def peak() -> float:
 def played(built, state) -> tuple[float, dict]:
     """Seconds of a round, and its weights."""
     begin = time.process_time()
-    end, _, _ = run_round(built.run, state, evaluate=False, stop=False)
+    end, _, _ = run_round(built.federation, state, evaluate=False, stop=False)
     return time.process_time() - begin, end.shared
 
 
@@ -81,7 +82,9 @@ def main() -> None:
         for way in WAYS:
             taken[way].append(played(*ready[way])[0])
     rows, most = [], peak()
-    flop = built.run.flops[0].round_flops(50, 0) * asked.cohort
+    client_type = built.federation.clients.types[0]
+    flops = Flops(client_type.trainer, client_type.local_initial)
+    flop = flops.round_flops(50, 0) * asked.cohort
     for way, seconds in taken.items():
         against = median(a / b for a, b in zip(taken["loop"], seconds, strict=True))
         row = {

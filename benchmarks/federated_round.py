@@ -59,7 +59,7 @@ def timed(built, state: State) -> tuple[float, dict]:
     own = {name: value.clone() for name, value in state.personal.items()}
     begin = time.perf_counter()
     end, _, _ = run_round(
-        built.run, State(0, state.server, state.shared, own), evaluate=False, stop=False
+        built.federation, State(0, state.server, state.shared, own), evaluate=False, stop=False
     )
     return time.perf_counter() - begin, end.shared
 

@@ -108,16 +108,16 @@ def ends(built: Assembly, clients: int) -> dict[str, torch.Tensor]:
     """How far local training moves all trained leaves of the first clients, [clients, ...] on the
     host.
     """
-    (kind,) = built.run.kinds
-    rows = {n: v.expand(clients, *v.shape).clone() for n, v in kind.initial.personal.items()}
-    shared = {n: v.to(kind.trainer.device) for n, v in kind.initial.shared.items()}
+    (client_type,) = built.federation.clients.types
+    rows = {n: v.expand(clients, *v.shape).clone() for n, v in client_type.initial.personal.items()}
+    shared = {n: v.to(client_type.trainer.device) for n, v in client_type.initial.shared.items()}
     done = [
         {**d.end.shared, **d.end.personal}
-        for d in kind.trainer.train(range(clients), shared, rows, 0)
+        for d in client_type.trainer.train(range(clients), shared, rows, 0)
     ]
-    first = {**kind.initial.shared, **kind.initial.personal}
+    first = {**client_type.initial.shared, **client_type.initial.personal}
     # statistics move far, whatever is trained
-    trained = [n for n in first if kind.trainer.model.role(n) != "stats"]
+    trained = [n for n in first if client_type.trainer.model.role(n) != "stats"]
     return {n: torch.stack([tree[n].cpu() - first[n].cpu() for tree in done]) for n in trained}
 
 
@@ -173,7 +173,7 @@ def bounded(check: str, difference: float, most: float) -> dict:
 @contextmanager
 def unsynchronized() -> Iterator[None]:
     """A wait for the GPU inside local training raises RuntimeError."""
-    whole = Trainer._train
+    whole = Trainer._run_items
 
     def strict(*given):
         torch.cuda.set_sync_debug_mode("error")
@@ -182,11 +182,11 @@ def unsynchronized() -> Iterator[None]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    Trainer._train = strict
+    Trainer._run_items = strict
     try:
         yield
     finally:
-        Trainer._train = whole
+        Trainer._run_items = whole
 
 
 def split_check(few: dict, method: str, stack: dict) -> dict:
@@ -198,14 +198,11 @@ def split_check(few: dict, method: str, stack: dict) -> dict:
     ends(built, 4)
     peak = torch.cuda.max_memory_reserved()
     for share in (0.75, 0.6, 0.45, 0.3):  # of what it took; convolutions make do with less
-        (kind,) = built.run.kinds
+        (client_type,) = built.federation.clients.types
         room = MemoryBudget()
-        short = replace(
-            built,
-            run=replace(
-                built.run, kinds=(kind._replace(trainer=replace(kind.trainer, room=room)),)
-            ),
-        )
+        client_type = replace(client_type, trainer=replace(client_type.trainer, memory_budget=room))
+        clients = replace(built.federation.clients, types=(client_type,))
+        short = replace(built, federation=replace(built.federation, clients=clients))
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((base + share * (peak - base)) / whole)
         try:
@@ -234,7 +231,7 @@ def rounds(built: Assembly, clock: Clock, repeats: int) -> dict:
             except TimeIsUp:
                 break
         begin = time.perf_counter()
-        state, row, _ = run_round(built.run, State(0, *state[1:]), evaluate=True, stop=False)
+        state, row, _ = run_round(built.federation, State(0, *state[1:]), evaluate=True, stop=False)
         rows.append(row)
         seconds.append(time.perf_counter() - begin)
         clock.need(0)

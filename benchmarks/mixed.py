@@ -70,7 +70,7 @@ def main() -> None:
             for _ in range(asked.repeats + 1):  # the first warms up
                 begin = time.perf_counter()
                 end, row, _ = run_round(
-                    built.run,
+                    built.federation,
                     State(0, *state[1:3], {n: v.clone() for n, v in state.personal.items()}),
                     False,
                     False,

@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py [--seconds 60]
 
-Whole rounds of `play` under FedAvg (order of samples, batches, training, upload, exact sum, mean,
+Whole rounds of FedAvg (order of samples, batches, training, upload, exact sum, mean,
 evaluation) on one core. A clock runs within each round while the engine's steps and the
 evaluation's forward passes do: `overhead` is the rest, `with evaluation` counts those passes as
 overhead too. The median over rounds, of which there are at least three and as many as fit in
@@ -76,7 +76,7 @@ def alone(trainer: Trainer, shared: Tree, clients: Sequence[int]) -> Tree:
     def copy(v):
         return spread(v).clone(memory_format=form if v.dim() == 4 else torch.contiguous_format)
 
-    (phase,) = trainer.algorithm.phases(trainer.model, trainer.settings, 0)
+    (phase,) = trainer.local(0)
     start, now = (
         Variables({n: spread(v) for n, v in shared.items()}, {}),
         Variables({n: copy(v) for n, v in shared.items()}, {}),
@@ -103,18 +103,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of each workload (default 60)")
     asked, rows = parser.parse_args(), []
     steps, passes = Clock(), Clock()
-    steps.on(PhaseRunner, "play")
+    steps.on(PhaseRunner, "run_batch")
     passes.on(Trainer, "_scores")
     for name, (data, model, train, group_size, _) in (WORKLOADS | SMALL).items():
         built, state = prepare(data, model, train, group_size=group_size)
-        run, trainer = built.run, built.run.trainer
-        stack = run.split_into_stacks(run.groups[0])[0]
+        federation = built.federation
+        clients, placement = federation.clients, federation.placement
+        trainer = clients.trainer
+        stack = placement.split_into_stacks(placement.groups[0], clients)[0]
         check(trainer, state, stack if trainer.stacked else stack[:1])
         shares, until = [], time.perf_counter() + asked.seconds
         while len(shares) < 4 or time.perf_counter() < until:  # the first warms up
             steps.seconds = passes.seconds = 0.0
             begin = time.perf_counter()
-            run_round(run, State(0, *state[1:]), evaluate=True, stop=False)
+            run_round(federation, State(0, *state[1:]), evaluate=True, stop=False)
             whole = time.perf_counter() - begin
             shares.append(
                 (whole, 1 - (steps.seconds + passes.seconds) / whole, 1 - steps.seconds / whole)

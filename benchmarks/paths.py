@@ -41,9 +41,9 @@ def speed(path: str, size: int, channels: int, batch: int, width: int) -> tuple[
     best = 0.0
     for _ in range(3):
         begin = time.perf_counter()
-        end, _, _ = run_round(built.run, State(0, *state[1:]), evaluate=False, stop=False)
+        end, _, _ = run_round(built.federation, State(0, *state[1:]), evaluate=False, stop=False)
         best = max(best, 12 * 100 * 2 / (time.perf_counter() - begin))
-    return built.run.trainer.model.flops * batch / 1e6, best, end.shared
+    return built.federation.clients.trainer.model.flops * batch / 1e6, best, end.shared
 
 
 def main() -> None:

@@ -98,8 +98,8 @@ def lay_out(spec: dict, folder: Path) -> None:
     epochs, first weights.
     """
     built, state = prepared(spec)
-    feed, clients = built.run.trainer.feed, range(spec["clients"])
-    whole = feed.survey(clients, whole=True)  # in order, without augmentation
+    feed, clients = built.federation.clients.trainer.feed, range(spec["clients"])
+    whole = feed.unshuffled_batch(clients, all_samples=True)  # in order, without augmentation
     order = torch.empty(spec["clients"], spec["epochs"] * spec["samples"], dtype=torch.int64)
     for client in clients:
         place = {int(sample): at for at, sample in enumerate(built.split.train[client])}
@@ -109,7 +109,9 @@ def lay_out(spec: dict, folder: Path) -> None:
         {"x": whole.x.contiguous(), "y": whole.y, "order": order, "start": state.shared},
         folder / "workload.pt",
     )
-    cohort = sorted(built.run.sample_cohort(0), key=lambda c: (-built.run.sizes[c], c))
+    federation = built.federation
+    sizes, members = federation.clients.sizes, federation.cohorts.sample(0).members
+    cohort = sorted(members, key=lambda c: (-sizes[c], c))
     (folder / "spec.json").write_text(json.dumps(spec | {"first": cohort}))
 
 
@@ -127,7 +129,9 @@ def ours(folder: Path, rounds: int) -> None:
     seconds, losses = [], []
     for number in range(rounds):
         begin = time.perf_counter()
-        state, row, _ = run_round(built.run, State(number, *state[1:]), evaluate=False, stop=False)
+        state, row, _ = run_round(
+            built.federation, State(number, *state[1:]), evaluate=False, stop=False
+        )
         seconds.append(time.perf_counter() - begin)
         losses.append(row["train_loss"])
         if number == 0:

@@ -38,9 +38,9 @@ def seconds(overrides: list[str], rounds: int) -> tuple[int, float, Tree]:
     )
     state, found = initial_state(built), []
     for _ in range(rounds + 1):
-        state, row, _ = run_round(built.run, state, evaluate=False, stop=False)
+        state, row, _ = run_round(built.federation, state, evaluate=False, stop=False)
         found.append(row["seconds_train"] + row["seconds_exchange"])
-    return built.run.upload_layout.size, min(found[1:]), state.shared
+    return built.federation.aggregator.terms.size, min(found[1:]), state.shared
 
 
 def main() -> None:

@@ -28,7 +28,10 @@ from fedlora_mpi.aggregation.exact_sum import SUM_TYPES
 from fedlora_mpi.aggregation.flat_layout import Layout
 from fedlora_mpi.aggregation.gathered import gather_remote_uploads
 from fedlora_mpi.aggregation.svd import right_vectors
+from fedlora_mpi.aggregation.term_layout import TermLayout
+from fedlora_mpi.algorithm import Upload
 from fedlora_mpi.algorithms.flexlora import FlexLoRA
+from fedlora_mpi.components.lora import dense_updates
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.mpi.comm import Solo, connect
 
@@ -70,11 +73,7 @@ def timed(work) -> float:
 def vectors(comm, asked) -> dict:
     server = FlexLoRA(lora_ranks=RANKS)
     tree = shared(asked.layers)
-    return {
-        "seconds": timed(
-            lambda: server.handed_out(tree, right_vectors(comm, server.decomposed(tree)))
-        )
-    }
+    return {"seconds": timed(lambda: server.redistribute(tree, partial(right_vectors, comm)))}
 
 
 def svd(comm, asked) -> dict:
@@ -104,11 +103,11 @@ def gather(comm, asked) -> dict:
 def added(comm, asked) -> dict:
     tree = shared(asked.layers)
     clients = {r: FlexLoRA(lora_ranks=(r,), alpha=float(r)) for r in set(RANKS)}
-    layout = Layout.of(clients[4].expand(upload(asked.layers, 4, 0), tree, 1))
+    layout = TermLayout.of(clients[4].make_term(Upload(upload(asked.layers, 4, 0)), tree, 1))
     message, seconds = SUM_TYPES["exact"](layout.size), 0.0
 
     def add(algorithm, sent):
-        message.add(layout.pack(algorithm.expand(sent, tree, 1)), 1)
+        message.add(layout.pack(algorithm.make_term(Upload(sent), tree, 1), 1), 1)
 
     for c in range(asked.clients):
         sent, r = upload(asked.layers, RANKS[c % 10], c), RANKS[c % 10]
@@ -175,8 +174,8 @@ def main() -> None:
 def check() -> None:
     """The vectors that a round uses span what torch.linalg.svd finds."""
     server, tree = FlexLoRA(lora_ranks=(4,)), shared(1)
-    ((name, (matrix, rows)),) = server.decomposed(tree).items()
-    ours = right_vectors(Solo(), {name: (matrix, rows)})[name]
+    ((name, matrix),) = dense_updates(tree).items()
+    ours = server.redistribute(tree, partial(right_vectors, Solo()))[f"{name}..A"]
     theirs = torch.linalg.svd(matrix, full_matrices=False).Vh[: len(ours)]
     wrong = float(((ours @ theirs.T).abs() - torch.eye(len(ours))).abs().max())
     assert wrong < 0.05, f"{name}: vectors are {wrong} from those of torch.linalg.svd"

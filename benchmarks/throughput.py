@@ -63,12 +63,13 @@ def prepare(data: dict, model: str | dict, train: dict, **engine):
 def bare_loop(built, clients: list[int]) -> tuple[float, nn.Module]:
     """Seconds to train ``clients`` one after another as one would by hand;
     the last one's module."""
-    run, settings = built.run, built.config.train
-    feed = run.trainer.feed
+    (client_type,), settings = built.federation.clients.types, built.config.train
+    trainer, first = client_type.trainer, client_type.initial
+    feed = trainer.feed
     begin = time.perf_counter()
     for client in clients:
-        module = run.trainer.model.module(built.run.kinds[0].initial.shared).train()
-        module = module.to(run.trainer.device, memory_format=torch.channels_last)
+        module = trainer.model.to_module(first.shared).train()
+        module = module.to(trainer.device, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(module.parameters(), settings.lr, settings.momentum)
         size = feed.train_size(client)
         for epoch in range(settings.epochs):
@@ -84,9 +85,9 @@ def bare_loop(built, clients: list[int]) -> tuple[float, nn.Module]:
 
 def check(built) -> float:
     """Largest relative difference between one client trained by the engine and by the loop."""
-    run = built.run
+    clients = built.federation.clients
     _, module = bare_loop(built, [0])
-    (done,) = run.trainer.train([0], built.run.kinds[0].initial.shared, {}, 0)
+    (done,) = clients.trainer.train([0], clients.types[0].initial.shared, {}, 0)
     theirs = module.state_dict()
     return max(
         float((value - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1e-3))
@@ -102,14 +103,15 @@ def main() -> None:
         built, state = prepare(data, model, train, group_size=group_size)
         wrong = check(built)
         assert wrong < 1e-3, f"{name}: engine and loop differ by {wrong}"
-        clients = list(range(len(built.run.weight_N)))
+        clients = list(range(len(built.federation.clients)))
         samples = (
-            sum(built.run.trainer.feed.train_size(c) for c in clients) * built.config.train.epochs
+            sum(built.federation.clients.trainer.feed.train_size(c) for c in clients)
+            * built.config.train.epochs
         )
         ours, theirs = [], []
         for _ in range(asked.repeats + 1):  # the first warms up
             begin = time.perf_counter()
-            run_round(built.run, State(0, *state[1:]), evaluate=True, stop=False)
+            run_round(built.federation, State(0, *state[1:]), evaluate=True, stop=False)
             ours.append(samples / (time.perf_counter() - begin))
             theirs.append(samples / bare_loop(built, clients)[0])
         ratio = statistics.median(a / b for a, b in zip(ours[1:], theirs[1:], strict=True))

@@ -108,8 +108,9 @@ def half(rank: int, tree: dict, clients: list[int], total: torch.Tensor, rounds:
     torch.set_num_threads(1)
     retain_freed_memory()
     built = build(from_dict(tree, "benchmark"), "benchmark", Solo())
-    feed = built.run.trainer.feed
-    blank = built.run.trainer.model.to_module(built.run.kinds[0].initial.shared)
+    (client_type,) = built.federation.clients.types
+    feed = client_type.trainer.feed
+    blank = client_type.trainer.model.to_module(client_type.initial.shared)
     net = decompose(blank)
     low = {c: {n: v.clone() for n, v in net.state_dict().items() if "lora_" in n} for c in clients}
     sigma = {n: v.clone() for n, v in net.state_dict().items() if "lora_" not in n}
@@ -133,7 +134,7 @@ def half(rank: int, tree: dict, clients: list[int], total: torch.Tensor, rounds:
         for client in clients:
             # BatchNorm adds its counter
             net.load_state_dict({**sigma, **low[client]}, strict=False)
-            batch = feed.test([client], 0, feed.test_size(client))
+            batch = feed.test_batch([client], 0, feed.test_size(client))
             with torch.no_grad():
                 right += float((net(batch.x[0]).argmax(1) == batch.y[0]).float().mean())
         out.wait()
@@ -177,7 +178,7 @@ def main() -> None:
     seconds = torch.zeros(asked.rounds).share_memory_()
     context = processes.get_context("fork")
     built = build(from_dict(tree, "benchmark"), "benchmark", Solo())
-    total = torch.zeros(built.run.upload_layout.size).share_memory_()
+    total = torch.zeros(built.federation.aggregator.terms.size).share_memory_()
     barrier = context.Barrier(2)
     del built
     halves = [

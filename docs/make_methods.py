@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from math import ceil, prod
 from pathlib import Path
 from textwrap import fill
@@ -22,7 +23,8 @@ import torch
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.aggregation.client_mix import Mixing
-from fedlora_mpi.algorithm import Algorithm, Cohort, Variables
+from fedlora_mpi.aggregation.svd import right_vectors
+from fedlora_mpi.algorithm import HOOKS, Aggregate, Algorithm, Transport, Update, Variables
 from fedlora_mpi.components.gating import cut_tensors
 from fedlora_mpi.components.lora import FineTuning
 from fedlora_mpi.components.lowrank import LowRank, matrix_shape
@@ -30,6 +32,7 @@ from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import Tree, nbytes, numel, tmap
 from fedlora_mpi.models.network import Model
 from fedlora_mpi.models.zoo import build
+from fedlora_mpi.mpi.comm import Solo
 
 PAGE = Path(__file__).with_name("methods.md")
 GUIDE = PAGE.with_name("add_a_method.md")
@@ -68,6 +71,8 @@ SAID = {
     "fedavg_lora": Said("sigma, and tau's factors A and B", bytes=Bytes(*2 * ["4 * (P + F + T)"])),
     "fedper": Said("all but the head", "head", Bytes(BODY, BODY, "4 * H")),
     "fedrep": Said("all but the head", "head", Bytes(BODY, BODY, "4 * H")),
+    "fedbabu": Said("all but the head", "head, the same for all and frozen", Bytes(BODY, BODY, "4 * H")),
+    "elastic_head": Said("the body, the mean head", "head", Bytes(ALL, ALL, "4 * H")),
     "fedbn": Said("all but normalisation layers", "normalisation layers",
                   Bytes("4 * (P - A)", "4 * (P - A)", "4 * (A + F)")),
     "fedrod": Said("everything, with the generic head", "a second head", Bytes(ALL, ALL, "4 * H")),
@@ -96,7 +101,7 @@ SAID = {
     "fedyogi": Said("everything", bytes=Bytes(ALL, ALL, server="8 * P"), server="m, v"),
     "fml": Said("the small network", "the network", Bytes("4 * S", "4 * S", ALL)),
     "fedkd": Said("the small network, by truncated SVDs", "the network, a matrix W_h",
-                  Bytes("4 * S", "4 * S", "4 * (P + F + 500 * d)")),
+                  Bytes("4 * S", "4 * S", "4 * (P + F + 500 * d)", "4"), "size of its last message"),
     "fedapen": Said("the small network", "the network, a share w", Bytes("4 * S", "4 * S", "4 * (P + F + 1)")),
     "pfedlora": Said("the adapter", "the network", Bytes("4 * 8 * (d + K)", "4 * 8 * (d + K)", ALL)),
     "lg_fedavg": Said("head", "all but the head", Bytes("4 * H", "4 * H", BODY)),
@@ -109,14 +114,16 @@ SAID = {
                      bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
     "fedhl": Said("the factors of its rank, head; the update W on the server alone",
                   bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
-    "fedex_lora": Said("factors A and B, head, update W", bytes=Bytes("4 * (H + Q)", "4 * (H + Q + W)")),
-    "flora": Said("head, update W; fresh factors every round", bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
+    "fedex_lora": Said("factors A and B, head, update W", bytes=Bytes("4 * (H + Q)", "4 * (H + Q + W)", server="4"),
+                       server="clients of the last round"),
+    "flora": Said("head, update W; fresh factors every round",
+                  bytes=Bytes("4 * (H + Q)", "4 * (H + Q)", server="4 * w"), server="stacked ranks of the last round"),
     "hetlora": Said("factors A and B, head", "the rank r_k", Bytes("4 * (H + Q + 1)", "4 * (H + Q)", "4")),
     "ffa_lora": Said("factors B, head", bytes=Bytes(*2 * ["4 * (H + b)"])),
     "rolora": Said("factors B or A in turn, head", bytes=Bytes(*2 * ["4 * (H + max(a, b))"])),
     "fed_rac_lora": Said("one factor, head; the seed of the other", bytes=Bytes("4 * (H + b)", "4 * (H + b + 1)")),
     "fed_talora": Said("factors A and B, update W, the head's rows of the classes seen",
-                       bytes=Bytes("4 * (H + Q)", "4 * (H + Q + W)")),
+                       bytes=Bytes("4 * (H + Q)", "4 * (H + Q + W)", server="4"), server="clients of the last round"),
 }  # fmt: skip
 
 
@@ -128,31 +135,40 @@ def measured(algorithm: Algorithm, model: Model) -> Bytes:
 
     Where what is sent depends on the client, the most: when it holds all classes and all are known.
     """
-    first = algorithm.init(model, rng(1, "init"))
+    first, transport = algorithm.init(model, rng(1, "init")), algorithm.transport(0, 1)
+    server = algorithm.server(model, first.shared)
     mixing = Mixing.of(algorithm, first, [0], [0], "auto")
-    arrived = first._replace(shared=algorithm.download(first.shared))
-    ones = Variables(*(tmap(torch.ones_like, half) for half in arrived[:2]))
-    up = 4 * max(int(algorithm.upload_numel(v, v)) for v in (arrived, ones)) + (
-        mixing.bytes_up if mixing else 0
+
+    def upload_numel(v: Variables) -> int:
+        upload = transport.method.upload(v, v, 0)
+        return numel(upload.message) if upload.numel is None else int(upload.numel)
+
+    def download_numel(round_: int, server: Tree, shared: Tree) -> int:
+        count = transport.download_numel
+        return int(count(server, shared, round_)) if count else numel(transport.download(shared))
+
+    def ones(tree: Tree) -> Tree:
+        return tmap(torch.ones_like, tree)
+
+    arrived = first._replace(shared=transport.download(first.shared))
+    up = max(map(upload_numel, (arrived, Variables(*map(ones, arrived[:2])))))
+    update = served_once(algorithm, transport, server, first)
+    down = max(
+        download_numel(0, server, first.shared),
+        download_numel(0, ones(server), ones(first.shared)),
+        download_numel(1, update.server, update.shared),
     )
-    moments = (
-        first.shared,
-        tmap(torch.ones_like, first.shared),
-        served_once(algorithm, model, first),
-    )
-    down = 4 * max(int(algorithm.download_numel(shared)) for shared in moments) + (
-        mixing.bytes_down if mixing else 0
-    )
-    return Bytes(up, down, nbytes(first.personal), nbytes(algorithm.server(model, first.shared)))
+    mixed = (mixing.bytes_up, mixing.bytes_down) if mixing else (0, 0)
+    return Bytes(4 * up + mixed[0], 4 * down + mixed[1], nbytes(first.personal), nbytes(server))
 
 
-def served_once(algorithm: Algorithm, model: Model, first: Variables) -> Tree:
-    """The shared variables after a round of one client that has learned nothing."""
-    v = first._replace(shared=algorithm.download(first.shared))
-    mean = algorithm.expand(algorithm.upload(v, v), first.shared, 1)
-    return algorithm.server_update(
-        algorithm.server(model, first.shared), first.shared, mean, Cohort(1.0, 1.0)
-    )[1]
+def served_once(
+    algorithm: Algorithm, transport: Transport, server: Tree, first: Variables
+) -> Update:
+    """What the server makes of one client that has learned nothing."""
+    term = transport.untrained_term(first, first.shared)
+    aggregate = Aggregate(term.mean, term.sum, term.metrics, 0, 1, 1.0, 1.0)
+    return algorithm.server_update(server, first.shared, aggregate, partial(right_vectors, Solo()))
 
 
 def symbols(model: Model) -> dict[str, tuple[int, str]]:
@@ -183,6 +199,7 @@ def symbols(model: Model) -> dict[str, tuple[int, str]]:
         "a": (sum(a.values()), "those of A alone"),
         "b": (sum(b.values()), "those of B alone"),
         "W": (sum(prod(size) for size in adapted.values()), "numbers of these weights themselves"),
+        "w": (len(adapted), "how many weights these are"),
         "T": (
             sum(r * sum(matrix_shape(model.leaves[n])) for n, r in ranks.items()),
             "numbers of all A and B, default ranks",
@@ -268,8 +285,9 @@ def judged(cls: type[Algorithm]) -> str:
 def mean(algorithm: Algorithm, model: Model) -> str:
     """How clients, present and absent, count in the mean."""
     first = algorithm.init(model, rng(1, "init"))
-    mixes = algorithm.offer(first, first) is not None
-    if not algorithm.upload(first, first):
+    upload = algorithm.transport(0, 1).untrained_upload(first, first.shared)
+    mixes = upload.mix is not None
+    if not upload.message:
         return "none; a mix is over the clients of the round" if mixes else "none"
     settable = {field.name for field in fields(algorithm)}
 
@@ -285,7 +303,7 @@ def mean(algorithm: Algorithm, model: Model) -> str:
         f"{weight[algorithm.weights]} ({setting('weights')}); {away[algorithm.absent]} "
         f"({setting('absent')})"
     )
-    found = f"a sum; {found}" if algorithm.sums else found
+    found = f"a sum; {found}" if upload.sum else found
     return found + ("; a mix is over the clients of the round" if mixes else "")
 
 
@@ -330,9 +348,8 @@ def hooks() -> Iterator[str]:
     """The table of what a method may define, and which methods do."""
     yield "| hook | what it says | defined by |"
     yield "|---|---|---|"
-    for hook, default in vars(Algorithm).items():
-        if hook.startswith("_") or not inspect.isfunction(default):
-            continue
+    for hook in HOOKS:
+        default = getattr(Algorithm, hook)
         users = [
             name
             for name in algorithms.algorithm_names()

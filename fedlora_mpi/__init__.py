@@ -12,7 +12,21 @@ _HOME = {
     "open_run": "analysis.run_view",
     "open_runs": "analysis.runs",
     **dict.fromkeys(
-        ("Algorithm", "Cohort", "LocalTraining", "Mix", "Phase", "Step", "Variables"), "algorithm"
+        (
+            "Aggregate",
+            "Algorithm",
+            "LocalTraining",
+            "Mix",
+            "Phase",
+            "Step",
+            "Term",
+            "Transport",
+            "Update",
+            "Upload",
+            "Variables",
+            "Visit",
+        ),
+        "algorithm",
     ),
     **dict.fromkeys(("Batch", "cross_entropy"), "core.batch"),
     "bounded": "core.bounds",

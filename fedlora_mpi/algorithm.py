@@ -4,7 +4,8 @@ An algorithm is written for ONE client, as pure functions of that client's varia
 adds the client axis and ``mpi/`` adds the rank axis. Neither appears here or in an algorithm file.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -12,7 +13,8 @@ from torch import Generator, Tensor
 
 from .core.batch import Batch, cross_entropy
 from .core.bounds import bounded
-from .core.tree import Tree, numel
+from .core.names import factors_by_weight
+from .core.tree import Tree
 from .models.network import Model
 
 
@@ -56,6 +58,8 @@ FORMER_NAMES = {"Vars": "Variables", "Train": "LocalTraining", "Offer": "Mix"}  
 def __getattr__(name: str) -> type:
     if name in FORMER_NAMES:
         return globals()[FORMER_NAMES[name]]
+    if name == "Cohort":
+        raise ImportError("Cohort: server_update receives an Aggregate now, which has its numbers")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -95,8 +99,24 @@ class Phase(NamedTuple):
     stream: str = ""
     # samples of an epoch that are used, from the client's number
     limit: Callable[[int], int] | None = None
-    after: Callable[[Variables], Variables] | None = None  # what the variables become at the end
     held_out: bool = False  # on the samples that ``Algorithm.held_out`` takes from all other phases
+
+
+class Visit(NamedTuple):
+    """One computation before, between or after phases, such as that of a mask or of class means.
+
+    ``apply(start, now, data)`` returns the client's next variables. ``data`` is a batch of all its
+    training samples in order if ``all_data``, else of the first sample; ``data.counts`` counts all
+    of them in both cases. No gradient is recorded.
+    """
+
+    apply: Callable[[Variables, Variables, Batch], Variables]
+    all_data: bool = False
+
+
+def phases_of(items: Iterable[Phase | Visit]) -> tuple[Phase, ...]:
+    """The phases among the ``items`` of a round, in order."""
+    return tuple(item for item in items if isinstance(item, Phase))
 
 
 def held_out_count(samples: int, fraction: float) -> int:
@@ -113,25 +133,154 @@ class Mix(NamedTuple):
     # [K] numbers or bools whose Gram matrix decides the weights; None: the rows themselves
     key: Tensor | None = None
     extra: Tensor | None = None  # [k] further numbers of the client that they depend on
+    # whether keys are centred before their Gram matrix is computed, so that rounding does not
+    # cancel distances
+    centered: bool = False
 
 
-class Cohort(NamedTuple):
-    """The clients that took part in a round, as two numbers."""
+class Upload(NamedTuple):
+    """What one client sends after local training, by channel.
 
-    share: float  # fraction of all clients
-    weight: float  # total weight of their uploads: the mean times it is the sum
+    mean: leaves of which the server receives the weighted mean over the cohort.
+    sum: leaves of which it receives the sum. Names in ``mean`` and ``sum`` differ.
+    mix: what enters the mix that every client receives for itself; its rows go by their own way.
+    numel: how many numbers a real federation would send for ``mean`` and ``sum``; None: all.
+    """
+
+    mean: Tree = {}
+    sum: Tree = {}
+    mix: Mix | None = None
+    numel: Tensor | int | None = None
+
+    @property
+    def message(self) -> Tree:
+        """The leaves of ``mean`` and ``sum``."""
+        return self.mean | self.sum
 
 
-FORMER_HOOKS = {  # former name: what the hook is called now
-    "serve": "server_update",
-    "tune": "personalize",
-    "told": "server_metrics",
-    "of_client": "for_client",
-    "weights_of": "client_model",
-    "sent": "upload_numel",
-    "received": "download_numel",
-    "surveys": "needs_all_data",
-    "centred": "center_keys",
+class Term(NamedTuple):
+    """What an upload adds to the aggregate, in the same shapes for all clients.
+
+    mean, sum: as in ``Upload``.
+    weights: {leaf of ``mean``: [] its weight in the mean}, where that is not the client's own.
+    metrics: leaves whose mean the server uses for the log alone; no real federation sends them.
+    """
+
+    mean: Tree = {}
+    sum: Tree = {}
+    weights: Tree = {}
+    metrics: Tree = {}
+
+
+class Aggregate(NamedTuple):
+    """What the server has received from the cohort of a round.
+
+    mean, sum, metrics: over the cohort, as in ``Term``; uploads of clients outside the cohort count
+        in ``mean`` as ``Algorithm.absent`` says.
+    round: number of the round, from 0.
+    clients: how many clients took part.
+    share: these as a fraction of all clients.
+    weight: total weight of their uploads.
+    """
+
+    mean: Tree
+    sum: Tree
+    metrics: Tree
+    round: int
+    clients: int
+    share: float
+    weight: float
+
+
+class Update(NamedTuple):
+    """The server's variables after a round, and numbers of it for the log."""
+
+    shared: Tree
+    server: Tree = {}
+    metrics: Mapping[str, float] = {}  # under the names of ``Algorithm.metrics``
+
+
+# ``svd({name: (matrix [d1, d2], k)})`` gives {name: [k, d2]}, the first k right singular vectors
+Svd = Callable[[dict[str, tuple[Tensor, int]]], Tree]
+
+
+def _receive_all(shared: Tree) -> Tree:
+    return shared
+
+
+def _as_term(upload: Upload, shared: Tree, weight: int) -> Term:
+    return Term(upload.mean, upload.sum)
+
+
+class Transport(NamedTuple):
+    """What travels to and from one client, where clients differ, for instance in their rank.
+
+    method: the method with the hyper-parameters of this client. The server's hooks are called on
+        the method of the config. Clients with equal methods and the same network share the
+        transport of the first of them.
+    download: the part of the server's ``shared`` variables that the client receives. Its hooks see
+        that as ``shared``. Default: all of them.
+    expand: (upload, shared, weight) -> what the ``mean`` and ``sum`` of an upload add to the
+        aggregate, given the server's ``shared`` variables of the round and the client's weight.
+        Default: these themselves.
+    download_numel: (server, shared, round) -> how many numbers a real federation would send to the
+        client, from the server's own and shared variables of the round. None: the whole download.
+    """
+
+    method: "Algorithm"
+    download: Callable[[Tree], Tree] = _receive_all
+    expand: Callable[[Upload, Tree, int], Term] = _as_term
+    download_numel: Callable[[Tree, Tree, int], Tensor | int] | None = None
+
+    @property
+    def expands(self) -> bool:
+        """Whether terms are something else than uploads."""
+        return self.expand is not _as_term
+
+    def untrained_upload(self, initial: Variables, shared: Tree) -> Upload:
+        """What the client would send in round 0 without training; ``initial``: its variables before
+        round 1, ``shared``: the server's current ones.
+        """
+        v = initial._replace(shared=self.download(shared))
+        return self.method.upload(v, v, 0)
+
+    def untrained_term(self, initial: Variables, shared: Tree) -> Term:
+        """What that upload adds to the aggregate."""
+        upload = self.untrained_upload(initial, shared)
+        return self.expand(Upload(upload.mean, upload.sum), shared, 1)
+
+
+_LOCAL = "local(model, train, round_) returns Phase and Visit in order of time"
+_UPLOAD = "upload(start, end, round_) returns Upload(mean=..., sum=..., mix=..., numel=...)"
+_UPDATE = "server_update(server, shared, aggregate, svd) returns Update(shared, server, metrics)"
+_TRANSPORT = "transport(client, clients) returns Transport(method, download, expand, ...)"
+FORMER_HOOKS = {  # a hook or class variable of before: what replaces it
+    "begin": f"a Visit before the first Phase: {_LOCAL}",
+    "phases": _LOCAL,
+    "finish": f"a Visit after the last Phase: {_LOCAL}",
+    "needs_all_data": f"Visit(apply, all_data=True): {_LOCAL}",
+    "surveys": f"Visit(apply, all_data=True): {_LOCAL}",
+    "offer": _UPLOAD,
+    "sums": _UPLOAD,
+    "upload_numel": _UPLOAD,
+    "sent": _UPLOAD,
+    "center_keys": f"Mix(..., centered=True): {_UPLOAD}",
+    "centred": f"Mix(..., centered=True): {_UPLOAD}",
+    "serve": _UPDATE,
+    "decomposed": f"the argument svd: {_UPDATE}",
+    "handed_out": f"the argument svd: {_UPDATE}",
+    "server_metrics": _UPDATE,
+    "told": _UPDATE,
+    "for_client": _TRANSPORT,
+    "of_client": _TRANSPORT,
+    "download": _TRANSPORT,
+    "expand": _TRANSPORT,
+    "download_numel": _TRANSPORT,
+    "received": _TRANSPORT,
+    "used": "nothing: the engine counts the samples that a phase uses",
+    "low_rank": "nothing: the ranks follow from the factors that init returns",
+    "tune": "personalize(model, train, round_)",
+    "weights_of": "client_model(model, v)",
     "evaluates": "evaluate_on",
     "judges": "evaluate_on",
 }
@@ -153,82 +302,46 @@ class Algorithm:
     evaluate_on: the model whose accuracy is the method's. ``after_aggregation`` and
         ``after_training`` are moments of each client's own model; ``server`` is the server's model
         on every client's test data.
-    center_keys: whether the keys of a mix are centred before their Gram matrix is computed, so
-        that rounding does not cancel distances.
-    sums: whether the server receives the sum of the uploads instead of their mean. Absent clients
-        are then excluded.
-    needs_all_data: whether ``begin`` and ``finish`` receive all training data in order, or only
-        the first sample. The ``counts`` are those of all data in both cases.
     held_out: fraction of each client's training samples that only phases with ``held_out`` use,
         without augmentation. They are the same samples in all rounds of a task.
+    metrics: names of the numbers that ``server_update`` returns for the log.
     """
 
     weights: Literal["samples", "uniform"] = "samples"
     absent: Literal["exclude", "stale"] = "exclude"
     evaluate_on: EvaluatedModel = "after_aggregation"
-    center_keys: bool = False
-    sums: bool = False
-    needs_all_data: bool = False
     held_out: float = 0.0
+    metrics: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        for former, name in FORMER_HOOKS.items():
-            if hasattr(cls, former):
-                raise TypeError(
-                    f"{cls.__name__}.{former}: this hook is called {name} now; rename it "
-                    "(docs/add_a_method.md has all hooks)"
-                )
+        _check_hooks(cls)
 
     if not TYPE_CHECKING:  # a type checker would take every name for an attribute
 
         def __getattr__(self, name: str) -> None:
-            hint = f"; it is called {FORMER_HOOKS[name]} now" if name in FORMER_HOOKS else ""
+            hint = f"; instead there is {FORMER_HOOKS[name]}" if name in FORMER_HOOKS else ""
             raise AttributeError(f"{type(self).__name__} has no attribute {name}{hint}")
 
     def check(self, model: Model, train: LocalTraining) -> None:
         """Raise ValueError when the fields do not fit the model or the training."""
 
-    def low_rank(self, model: Model) -> dict[str, int]:
-        """{weight: rank} of the leaves that have a low-rank part; ``plan`` lists them. Default:
-        none.
-        """
-        return {}
-
-    def for_client(self, client: int, clients: int) -> "Algorithm":
-        """The method with this client's hyper-parameters, such as its rank of low-rank parts. The
-        server's hooks are called on the method itself. Default: the same for all clients.
-        """
-        return self
-
-    # One client: its variables, its training, its upload.
+    # One client.
 
     def init(self, model: Model, rng: Generator) -> Variables:
         """The variables of any client before the first round; all clients start equal. Default: all
         leaves of the model are shared."""
         return Variables(shared=model.initial, personal={})
 
-    def download(self, shared: Tree) -> Tree:
-        """The part of the server's shared variables that this client receives, cut to its own
-        rank. A client's hooks see it as ``shared``. Default: all of it.
-        """
-        return shared
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
+        """The client's round ``round_`` (from 0), in order of time. ``model`` is in training mode.
 
-    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
-        """The variables from which training starts, given those received. Default: the same."""
-        return v
-
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
-        """The phases of local training in round ``round_`` (from 0), in order. ``model`` is in
-        training mode. Default: one phase that trains all leaves of the client's own model.
+        Losses and visits receive ``start``: the variables before the first phase, after the visits
+        in front of it. Those visits receive the variables so far as both ``start`` and ``now``. If
+        there is no phase, ``start`` is what has arrived. Default: one phase that trains all leaves
+        of the client's own model.
         """
         return (Phase(train.epochs, (Step(self.loss(model)),)),)
-
-    def used(self, phase: Phase, samples: int) -> int:
-        """How many training samples an epoch of the phase uses. Not to be overridden."""
-        held = held_out_count(samples, self.held_out)
-        part = held if phase.held_out else samples - held
-        return min(part, phase.limit(part)) if phase.limit else part
 
     def loss(self, model: Model) -> Loss:
         """The cross-entropy of the client's own model, which most phases minimise."""
@@ -238,34 +351,15 @@ class Algorithm:
 
         return loss
 
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        """What the client keeps after training, such as masks. Default: what it trained."""
-        return end
-
-    def upload(self, start: Variables, end: Variables) -> Tree:
-        """What the client sends for the mean. Default: the trained shared leaves."""
-        return end.shared
-
-    def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """What enters the mean for an ``upload`` of weight ``count``, given the server's ``shared``
-        variables of the round. Its leaves have the same shapes for all clients. Default: the upload
-        itself.
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
+        """What the client sends after round ``round_``. Default: the trained shared leaves, for
+        the mean.
         """
-        return upload
+        return Upload(mean=end.shared)
 
-    def offer(self, start: Variables, end: Variables) -> Mix | None:
-        """What enters the mix that every client receives for itself. Default: there is no mix."""
-        return None
-
-    def upload_numel(self, start: Variables, end: Variables) -> Tensor | int:
-        """How many numbers a client of a real federation would send. Default: its whole upload."""
-        return numel(self.upload(start, end))
-
-    def download_numel(self, shared: Tree) -> Tensor | int:
-        """How many numbers it would receive from the server. Default: its whole download."""
-        return numel(self.download(shared))
+    def transport(self, client: int, clients: int) -> Transport:
+        """What differs between clients, for number ``client`` of so many. Default: nothing."""
+        return Transport(self)
 
     # The server.
 
@@ -273,30 +367,11 @@ class Algorithm:
         """Variables of the server alone, before the first round. Default: none."""
         return {}
 
-    def server_update(
-        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
-    ) -> tuple[Tree, Tree]:
-        """The next (server, shared) variables from the present ones and the mean of the uploads of
-        the ``cohort``. Default: the mean becomes the shared variables."""
-        return server, mean
-
-    def decomposed(self, shared: Tree) -> dict[str, tuple[Tensor, int]]:
-        """The matrices whose right singular vectors the server needs after ``server_update``:
-        {name: (matrix [d1, d2], how many)}. Idle ranks compute each once. Default: none.
+    def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
+        """The next variables, from the present ones and what the cohort sent. ``svd`` shares the
+        work on large matrices among idle ranks. Default: the mean becomes the shared variables.
         """
-        return {}
-
-    def handed_out(self, shared: Tree, right: Tree) -> Tree:
-        """``shared`` completed by ``right`` {name: [k, d2]}, whose rows are orthonormal."""
-        raise AssertionError(
-            f"{type(self).__name__} has matrices decomposed but makes nothing of them"
-        )
-
-    def server_metrics(self, shared: Tree, clients: int) -> dict[str, float]:
-        """Further numbers of the round for the log, from the next ``shared`` variables and the
-        number of ``clients`` whose uploads made them. Default: none.
-        """
-        return {}
+        return Update(aggregate.mean, server)
 
     def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
         """The weights [n, n] of the mix, one row per receiver, float64.
@@ -317,11 +392,62 @@ class Algorithm:
         """Prediction of the client's own model: [B, ...] -> [B, classes]."""
         return model(self.client_model(model, v), x)
 
-    def personalize(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
-        """The phases that train a copy, on training data, before the evaluation in front of round
-        ``round_``. Default: none.
+    def personalize(
+        self, model: Model, train: LocalTraining, round_: int
+    ) -> tuple[Phase | Visit, ...]:
+        """What trains a copy, on training data, before the evaluation in front of round ``round_``,
+        as in ``local``. A client without training samples has no batch to train on; its visits see
+        an empty one. Default: nothing.
         """
         return ()
+
+
+HOOKS = (
+    "check", "init", "local", "loss", "upload", "transport", "server", "server_update", "mix",
+    "client_model", "logits", "personalize",
+)  # fmt: skip
+
+
+# these were plain values; a field of any other former name is a hyper-parameter
+_FORMER_FLAGS = (
+    "needs_all_data",
+    "surveys",
+    "sums",
+    "center_keys",
+    "centred",
+    "evaluates",
+    "judges",
+)
+
+
+def _check_hooks(cls: type[Algorithm]) -> None:
+    """Raise TypeError for a hook of an earlier version, or one with other parameters."""
+    page = "docs/add_a_method.md has all hooks"
+    for former, replacement in FORMER_HOOKS.items():
+        value = getattr(cls, former, None)
+        if former in _FORMER_FLAGS and hasattr(cls, former) or callable(value):
+            raise TypeError(f"{cls.__name__}.{former}: replaced by {replacement}; {page}")
+    for hook in HOOKS:
+        names = [*inspect.signature(getattr(cls, hook)).parameters]
+        expected = [*inspect.signature(getattr(Algorithm, hook)).parameters]
+        if len(names) != len(expected) or {"mean", "cohort"} & {*names}:
+            raise TypeError(
+                f"{cls.__name__}.{hook}({', '.join(names[1:])}): must take "
+                f"({', '.join(expected[1:])}); {page}"
+            )
+
+
+def low_rank_of(initial: Variables) -> dict[str, int]:
+    """{weight: rank} of the weights that have factors A and B among these variables of a client."""
+    factors = factors_by_weight(initial.shared | initial.personal, "A")
+    return {weight: len(A) for weight, A in factors.items()}
+
+
+def used_samples(method: Algorithm, phase: Phase, samples: int) -> int:
+    """How many of a client's training samples an epoch of the phase uses."""
+    held = held_out_count(samples, method.held_out)
+    part = held if phase.held_out else samples - held
+    return min(part, phase.limit(part)) if phase.limit else part
 
 
 def check_trainable(
@@ -339,7 +465,7 @@ def check_trainable(
     steps = [
         step
         for round_ in (0, 1)
-        for phase in method.phases(model, train, round_)
+        for phase in phases_of(method.local(model, train, round_))
         for step in phase.steps
     ]
     names = [n for tree in initial[:2] for n in tree if model.role(n) != "stats"]

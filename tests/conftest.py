@@ -115,7 +115,7 @@ def unmeasured(monkeypatch) -> None:
             CostLine(1.0, 1.0, 1.0), CostLine(1.0, 1.0, 1.0), CostLine(1.0, 1.0, 1.0), 1.0
         )
         return Costs(
-            dict.fromkeys(built.run.kind_of, unit),
+            dict.fromkeys(built.federation.clients.type_of, unit),
             1.0,
             1.0,
             1.0,

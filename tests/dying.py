@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 
+from fedlora_mpi.aggregation.aggregator import Aggregator
 from fedlora_mpi.cli import main
 from fedlora_mpi.federation import round as rounds
 from fedlora_mpi.mpi import comm
@@ -62,9 +63,9 @@ def fault_after(owner, name, moment):
 
 
 fault_before(run, "build", "build")
-fault_before(rounds, "_train", "training")
-fault_before(rounds, "_write_row", "client")
-fault_before(rounds, "_evaluate", "evaluation")
+fault_before(rounds, "train", "training")
+fault_after(Aggregator, "add", "client")  # before its personal row is written
+fault_before(rounds, "evaluate_clients", "evaluation")
 fault_before(run, "rebalance", "balance")
 fault_before(balance, "move_rows", "move")
 fault_after(balance, "move_rows", "moved")

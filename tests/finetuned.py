@@ -2,12 +2,16 @@
 clients' own ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import takewhile
 
 import small
 import torch
+from aggregates import svd
 
-from fedlora_mpi.algorithm import Cohort, Variables
+from fedlora_mpi.aggregation.term_layout import TermLayout
+from fedlora_mpi.algorithm import Aggregate, Phase, Term, Transport, Variables, phases_of
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import Tree, tmap
 
@@ -21,9 +25,14 @@ def gaussian_tensor(*shape: int, address: int | str = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=rng(1, "finetuned", *shape, address), dtype=torch.float64)
 
 
+def client_transports(algorithm) -> list[Transport]:
+    """The transport of each of three clients."""
+    return [algorithm.transport(client, 3) for client in range(3)]
+
+
 def client_methods(algorithm) -> list:
     """The method as each of three clients has it."""
-    return [algorithm.for_client(client, 3) for client in range(3)]
+    return [transport.method for transport in client_transports(algorithm)]
 
 
 def init_variables(algorithm, network: str = "cnn"):
@@ -33,13 +42,24 @@ def init_variables(algorithm, network: str = "cnn"):
     return model, initial._replace(shared=tmap(torch.Tensor.double, initial.shared))
 
 
+def start_variables(method, model, received: Variables, round_: int = 0, data=None) -> Variables:
+    """What a client's first phase starts from: the ``received`` variables after the visits."""
+    v = received
+    items = method.local(model, small.TRAIN, round_)
+    for visit in takewhile(lambda item: not isinstance(item, Phase), items):
+        v = visit.apply(v, v, data)
+    return v
+
+
 def trained_variables(
-    client, model, shared: Tree, round_: int, address: int
+    transport: Transport, model, shared: Tree, round_: int, address: int
 ) -> tuple[Variables, Variables]:
     """(start, end) of a client's round: what the method says is trained has become any numbers."""
+    client = transport.method
     personal = tmap(torch.Tensor.double, client.init(model, rng(1, "init")).personal)
-    start = client.begin(model, Variables(client.download(shared), personal), None)
-    is_trained = client.phases(model, small.TRAIN, round_)[0].steps[0].trains
+    received = Variables(transport.download(shared), personal)
+    start = start_variables(client, model, received, round_)
+    is_trained = phases_of(client.local(model, small.TRAIN, round_))[0].steps[0].trains
     end_shared = {
         n: gaussian_tensor(*v.shape, address=f"{address} {n}") if is_trained(n) else v.clone()
         for n, v in start.shared.items()
@@ -47,19 +67,31 @@ def trained_variables(
     return start, Variables(end_shared, start.personal)
 
 
-def next_shared(algorithm, shared: Tree, client_rounds, counts=COUNTS) -> Tree:
+def aggregate_terms(
+    terms: Sequence[Term], counts: Sequence[int], shared: Tree, round_: int = 0
+) -> Aggregate:
+    """What the server receives of these clients' terms; ``counts``: their samples."""
+    layout, total = TermLayout.of(terms[0]), sum(counts)
+    totals = torch.zeros(layout.size, dtype=torch.float64)
+    for term, count in zip(terms, counts, strict=True):
+        vector = layout.pack(term, count).double()
+        totals[: layout.weighted_size] += count * vector[: layout.weighted_size]
+        totals[layout.weighted_size :] += vector[layout.weighted_size :]
+    term = layout.unpack(totals, total, shared)
+    return Aggregate(term.mean, term.sum, term.metrics, round_, len(terms), 1.0, total)
+
+
+def next_shared(algorithm, shared: Tree, client_rounds, counts=COUNTS, round_: int = 0) -> Tree:
     """The server's next shared variables after what (start, end) of each client say."""
     terms = [
-        c.expand(c.upload(*start_and_end), shared, n)
+        c.expand(c.method.upload(*start_and_end, round_), shared, n)
         for c, start_and_end, n in zip(
-            client_methods(algorithm), client_rounds, counts, strict=True
+            client_transports(algorithm), client_rounds, counts, strict=True
         )
     ]
-    mean = {
-        name: sum(n * term[name] for n, term in zip(counts, terms, strict=True)) / sum(counts)
-        for name in terms[0]
-    }
-    return algorithm.server_update({}, shared, mean, Cohort(1.0, sum(counts)))[1]
+    return algorithm.server_update(
+        {}, shared, aggregate_terms(terms, counts, shared, round_), svd
+    ).shared
 
 
 def float64_trainer(algorithm, **how):

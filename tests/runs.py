@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from fedlora_mpi import config as configs
-from fedlora_mpi.federation.federation import Run
+from fedlora_mpi.federation.federation import Federation, State
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.heartbeat import Heartbeat
@@ -52,6 +52,7 @@ class RoundSnapshot(NamedTuple):
     personal: dict[str, torch.Tensor]  # [N, ...]
     row: dict
     clients: dict[str, np.ndarray]  # [N]
+    server: dict[str, torch.Tensor] = {}
 
 
 class ThreadRank:
@@ -157,6 +158,12 @@ def create_run(ranks: int, folder: Path, *overrides: str) -> Path:
     return folder
 
 
+def snapshot(state: State, row: dict, clients: dict[str, np.ndarray]) -> RoundSnapshot:
+    """A copy of what there is after a round; its personal rows are those of this rank."""
+    trees = (clone_tree(tree) for tree in (state.shared, state.personal))
+    return RoundSnapshot(*trees, row, clients, clone_tree(state.server))
+
+
 @cache
 def run_rounds(*overrides: str, ranks: int = 1) -> list[list[RoundSnapshot]]:
     """The moments of each rank, [ranks][rounds + 1]; the first is the one before round 1.
@@ -166,23 +173,21 @@ def run_rounds(*overrides: str, ranks: int = 1) -> list[list[RoundSnapshot]]:
     """
     config = tiny_config(*overrides)
 
-    def main(comm) -> tuple[Run, list[RoundSnapshot]]:
+    def main(comm) -> tuple[Federation, list[RoundSnapshot]]:
         parts = build(config, str(TINY), comm)
         state = initial_state(parts)
-        moments = [RoundSnapshot(clone_tree(state.shared), clone_tree(state.personal), {}, {})]
+        moments = [snapshot(state, {}, {})]
         for _ in range(config.rounds):
-            state, row, clients = run_round(parts.run, state, evaluate=True, stop=False)
-            moments.append(
-                RoundSnapshot(clone_tree(state.shared), clone_tree(state.personal), row, clients)
-            )
-        return parts.run, moments
+            state, row, clients = run_round(parts.federation, state, evaluate=True, stop=False)
+            moments.append(snapshot(state, row, clients))
+        return parts.federation, moments
 
     results = run_on_ranks(ranks, main)
-    runs = [run for run, _ in results]
-    hosted = [client for run in runs for client in run.local_clients]
+    federations = [federation for federation, _ in results]
+    hosted = [client for f in federations for client in f.placement.local_clients]
     assert sorted(hosted) == list(range(config.data.partition.clients)), f"hosted: {hosted}"
     personal_at = [
-        join_personal(runs, [moments[index].personal for _, moments in results])
+        join_personal(federations, [moments[index].personal for _, moments in results])
         for index in range(config.rounds + 1)
     ]
     return [
@@ -191,14 +196,14 @@ def run_rounds(*overrides: str, ranks: int = 1) -> list[list[RoundSnapshot]]:
     ]
 
 
-def join_personal(runs: Sequence[Run], personal: Sequence[dict]) -> dict[str, torch.Tensor]:
+def join_personal(runs: Sequence[Federation], personal: Sequence[dict]) -> dict[str, torch.Tensor]:
     """The personal leaves of all ranks together: of each kind [n, ...], its clients in the order of
     their ids.
     """
     personal_leaves = {}
-    for number, kind in enumerate(runs[0].kinds):
+    for number, kind in enumerate(runs[0].clients.types):
         order = torch.tensor(
-            [client for run in runs for client in run.local_clients_by_kind[number]]
+            [client for run in runs for client in run.placement.local_clients_by_type[number]]
         ).argsort()
         names = [kind.prefix + name for name in kind.initial.personal]
         personal_leaves |= {n: torch.cat([tree[n] for tree in personal])[order] for n in names}
@@ -219,6 +224,7 @@ def snapshots_equal(a: RoundSnapshot, b: RoundSnapshot) -> bool:
     return (
         trees_equal(a.shared, b.shared)
         and trees_equal(a.personal, b.personal)
+        and trees_equal(a.server, b.server)
         and arrays_equal(reproducible(a.row), reproducible(b.row))
         and arrays_equal(a.clients, b.clients)
     )

@@ -1,14 +1,13 @@
 """What several test files share: ragged clients, tiny networks, one way to play rounds."""
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import torch
 from torch import nn
 
-from fedlora_mpi.aggregation.client_mix import Mixing
-from fedlora_mpi.aggregation.flat_layout import Layout
 from fedlora_mpi.algorithm import LocalTraining
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import tmap
@@ -17,8 +16,10 @@ from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.inputs import Images
 from fedlora_mpi.data.partition import Split
 from fedlora_mpi.engine.train import Trainer
-from fedlora_mpi.federation.cohorts import group_clients
-from fedlora_mpi.federation.federation import ClientType, Run, Throughput
+from fedlora_mpi.federation.clients import Clients, ClientType
+from fedlora_mpi.federation.cohorts import Cohorts, group_clients
+from fedlora_mpi.federation.federation import Federation
+from fedlora_mpi.federation.placement import Placement
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
 from fedlora_mpi.models.resnet import ResNet
@@ -134,7 +135,7 @@ def make_trainer(algorithm, network="cnn", train=TRAIN, stacked=False, samples=N
     if fine:
         samples._train = Float64Images(*samples._train)
     return (Float64Trainer if fine else Trainer)(
-        algorithm, make_model(network), train, samples, CPU, stacked
+        algorithm.transport(0, 1), make_model(network), train, samples, CPU, stacked
     )
 
 
@@ -163,51 +164,47 @@ def make_experiment(
     samples=None,
     **how,
 ):
-    """(Run, State before round 1) of a whole federation in this process.
+    """(Federation, State before round 1) of a whole federation in this process.
 
     network: a name, or several; client k has number k mod their number.
     """
-    networks, samples = (
-        np.atleast_1d(network).tolist(),
-        samples or make_feed(sizes, same_sample=same_sample),
-    )
+    networks = np.atleast_1d(network).tolist()[: len(sizes)]
+    samples = samples or make_feed(sizes, same_sample=same_sample)
     trainers = [make_trainer(algorithm, name, samples=samples, **how) for name in networks]
     initial = initial_variables(trainers[0])
-    kind_of = tuple(client % len(trainers) for client in range(len(sizes)))
-    client_groups = group_clients(sizes, group_size or len(sizes), kind_of)
-    kinds = tuple(
+    type_of = tuple(client % len(trainers) for client in range(len(sizes)))
+    types = tuple(
         ClientType(
-            kind_trainer,
-            initial_variables(kind_trainer)._replace(shared=initial.shared),
+            trainer,
+            initial_variables(trainer)._replace(shared=initial.shared),
             f"kind-{number}/" if len(trainers) > 1 else "",
         )
-        for number, kind_trainer in enumerate(trainers)
+        for number, trainer in enumerate(trainers)
     )
-    run = Run(
-        algorithm=algorithm,
-        kinds=kinds,
-        kind_of=kind_of,
-        comm=Solo(),
-        groups=client_groups,
-        costs=(1.0,) * len(client_groups),
-        rank_of_group=(0,) * len(client_groups),
-        group_size=group_size or len(sizes),
-        sizes=tuple(sizes),
-        weight_N=tuple(sizes if algorithm.weights == "samples" else [1] * len(sizes)),
-        seed=1,
-        participation=participation,
-        reduce="exact",
-        throughput=Throughput(len(trainers)),
-        upload_layout=Layout.of(kinds[0].untrained_term),
-        mixing=Mixing.of(algorithm, initial, [0] * len(sizes), [0], "auto"),
+    weights = tuple(sizes if algorithm.weights == "samples" else [1] * len(sizes))
+    groups = group_clients(sizes, group_size or len(sizes), type_of)
+    placement = Placement(
+        0, groups, (1.0,) * len(groups), (0,) * len(groups), group_size or len(sizes), type_of
     )
-    return run, initial_state(Assembly(None, run, None, SHAPE, ""))
+    cohorts = Cohorts((Clients(types, type_of, tuple(sizes), weights),), 1, participation)
+    federation = Federation.build(algorithm, Solo(), cohorts, placement)
+    return federation, initial_state(Assembly(None, federation, None, SHAPE, ""))
 
 
-def run_rounds(run, state, rounds):
+def with_trainers(federation, **fields):
+    """``federation`` without tasks, with other fields of its trainers."""
+    types = tuple(
+        replace(t, trainer=replace(t.trainer, **fields)) for t in federation.clients.types
+    )
+    clients = replace(federation.clients, types=types)
+    cohorts = replace(federation.cohorts, tasks=(clients,))
+    return replace(federation, clients=clients, cohorts=cohorts)
+
+
+def run_rounds(federation, state, rounds):
     """The state after ``rounds`` more rounds."""
     for _ in range(rounds):
-        state, _, _ = run_round(run, state, evaluate=False, stop=False)
+        state, _, _ = run_round(federation, state, evaluate=False, stop=False)
     return state
 
 

@@ -31,8 +31,7 @@ from fedlora_mpi.cli import main
 from fedlora_mpi.data.datasets import Samples
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal, collectively
-from fedlora_mpi.run import agreement
-from fedlora_mpi.run import assembly as build
+from fedlora_mpi.run import agreement, parts
 from fedlora_mpi.run import fingerprint as inventory
 from fedlora_mpi.run import output as folder
 from fedlora_mpi.run.assembly import build as build_run
@@ -176,18 +175,18 @@ def global_states():
 
 
 def test_weights_of_the_global_generators_are_those_of_the_seed_and_move_none():
-    runs = []
+    federations = []
     for _ in range(2):
         before = global_states()
-        runs.append(
-            build_run(tiny_config("model=test_agreement:from_global"), str(TINY), Solo()).run
+        federations.append(
+            build_run(tiny_config("model=test_agreement:from_global"), str(TINY), Solo()).federation
         )
         assert global_states() == before
         random.random(), np.random.random()
     other = build_run(
         tiny_config("model=test_agreement:from_global", "seed=2"), str(TINY), Solo()
-    ).run
-    one, two, three = (run.trainer.model.initial for run in (*runs, other))
+    ).federation
+    one, two, three = (f.clients.trainer.model.initial for f in (*federations, other))
     for leaf in ("3.weight", "3.bias"):
         assert torch.equal(one[leaf], two[leaf]) and not torch.equal(one[leaf], three[leaf])
     run_on_ranks(
@@ -197,13 +196,13 @@ def test_weights_of_the_global_generators_are_those_of_the_seed_and_move_none():
 
 def changed_on_rank_2(monkeypatch, change):
     """Rank 2 reads other data."""
-    load = build.load
+    load = parts.load
 
     def other(source):
         data = load(source)
         return change(data) if ODD.rank == 2 else data
 
-    monkeypatch.setattr(build, "load", other)
+    monkeypatch.setattr(parts, "load", other)
 
 
 def test_one_other_image_on_one_rank_is_refused_with_its_number(monkeypatch):
@@ -268,15 +267,16 @@ def test_other_machines_are_told_of_and_take_the_first_weights_of_rank_0(monkeyp
         ODD.rank = comm.rank
         return build_run(
             tiny_config("model=test_agreement:unseeded", "algorithm=fedlora"), str(TINY), comm
-        ).run
+        ).federation
 
-    runs = run_on_ranks(3, play)
-    for run in runs[1:]:
+    federations = run_on_ranks(3, play)
+    for federation in federations[1:]:
         assert torch.equal(
-            run.trainer.model.initial["3.weight"], runs[0].trainer.model.initial["3.weight"]
+            federation.clients.trainer.model.initial["3.weight"],
+            federations[0].clients.trainer.model.initial["3.weight"],
         )
         for part in ("shared", "personal"):
-            a, b = getattr(run.kinds[0].initial, part), getattr(runs[0].kinds[0].initial, part)
+            a, b = (getattr(f.clients.types[0].initial, part) for f in (federation, federations[0]))
             assert list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
     level = torch.backends.cpu.get_cpu_capability()
     lines = capsys.readouterr().err.splitlines()

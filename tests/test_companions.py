@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from runs import TINY, assert_same_run, run_on_ranks, tiny_config
 from tiers import STACK_FIRST, thorough_param
 
-from fedlora_mpi.algorithm import Batch, Variables
+from fedlora_mpi.algorithm import Batch, Update, Variables, phases_of
 from fedlora_mpi.algorithms.fedapen import FedAPEN
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedkd import FedKD
 from fedlora_mpi.algorithms.fml import FML
 from fedlora_mpi.algorithms.local import Local
-from fedlora_mpi.components.lowrank import truncate_svd
+from fedlora_mpi.components.compression import truncate_svd
 from fedlora_mpi.config import read
 from fedlora_mpi.core.batch import kl_divergence
 from fedlora_mpi.core.seeds import rng
@@ -40,9 +40,9 @@ def numbers(*shape, at=0):
 
 @cache
 def outcome(algorithm, network="cnn", rounds=2, **how):
-    """(Run, State) after ``rounds`` rounds. Cached: change nothing in it, and play no further."""
-    run, state = small.make_experiment(algorithm, network, **how)
-    return run, small.run_rounds(run, state, rounds)
+    """(Federation, State) after ``rounds`` rounds. Cached: change nothing in it, and play no further."""
+    federation, state = small.make_experiment(algorithm, network, **how)
+    return federation, small.run_rounds(federation, state, rounds)
 
 
 def batch(made, client=0, width=5, padding=False):
@@ -64,9 +64,14 @@ def trained(made, v):
     return Variables(*(tmap(moved, half) for half in v[:2]))
 
 
+def last_step(made):
+    """The step of the phase that trains both networks."""
+    return phases_of(made.algorithm.local(made.model, made.settings, 1))[-1].steps[0]
+
+
 def leaves(made, v):
     """(a copy of ``v``, {leaf: what is trained of it})."""
-    step = made.algorithm.phases(made.model, made.settings, 1)[-1].steps[0]
+    step = last_step(made)
     copies = Variables(*(small.clone_tree(half) for half in v[:2]))
     given = copies.shared | copies.personal
     return copies, {
@@ -81,7 +86,7 @@ def gradients(made, v, data):
     now, mine = leaves(made, v)
     data = data._replace(x=data.x.double())
     with made.model.training_context(data):
-        loss = made.algorithm.phases(made.model, made.settings, 1)[-1].steps[0].loss(now, v, data)
+        loss = last_step(made).loss(now, v, data)
     return dict(zip(mine, torch.autograd.grad(loss, mine.values()), strict=True)), loss.detach()
 
 
@@ -190,9 +195,11 @@ def test_an_impossible_small_network_is_refused(method, name, said):
 @METHODS
 @STACK_FIRST
 def test_everything_of_both_networks_trains_and_statistics_are_counted_once(method, stacked):
-    run, state = small.make_experiment(method(**WITH_BN), "bn_net", stacked=stacked)
-    g = run.algorithm.g(run.trainer.model)
-    for done in run.trainer.train(run.local_clients, state.shared, state.personal, 1):
+    federation, state = small.make_experiment(method(**WITH_BN), "bn_net", stacked=stacked)
+    g = federation.algorithm.g(federation.clients.trainer.model)
+    for done in federation.clients.trainer.train(
+        federation.placement.local_clients, state.shared, state.personal, 1
+    ):
         names = [n for n in done.start.shared if n.startswith(".small.")]
         moved = [not torch.equal(done.start.shared[n], done.end.shared[n]) for n in names]
         moved += [
@@ -227,9 +234,13 @@ def test_everything_of_both_networks_trains_and_statistics_are_counted_once(meth
 def test_loop_and_stack_train_alike(method, own, shared):
     ends = []
     for stacked in (False, True):
-        run, state = small.make_experiment(method(small=f"small:{shared}"), own, stacked=stacked)
-        state = small.run_rounds(run, state, 1)
-        trained = run.trainer.train(run.local_clients, state.shared, state.personal, 1)
+        federation, state = small.make_experiment(
+            method(small=f"small:{shared}"), own, stacked=stacked
+        )
+        state = small.run_rounds(federation, state, 1)
+        trained = federation.clients.trainer.train(
+            federation.placement.local_clients, state.shared, state.personal, 1
+        )
         ends.append(
             [small.clone_tree(d.end.shared | d.end.personal) | {"loss": d.loss} for d in trained]
         )
@@ -268,9 +279,9 @@ def test_fml_without_teachers_is_local_beside_fedavg(stacked, own, shared, parti
     _, alone = outcome(Local(), own, **how)
     assert small.trees_equal(both.personal, alone.personal)
     how.pop("rounds")
-    run, state = small.make_experiment(FedAvg(weights="uniform"), shared, **how)
+    federation, state = small.make_experiment(FedAvg(weights="uniform"), shared, **how)
     averaged = small.run_rounds(
-        run, state._replace(shared=select_prefix(first.shared, ".small.")), 3
+        federation, state._replace(shared=select_prefix(first.shared, ".small.")), 3
     )
     assert small.trees_equal(select_prefix(both.shared, ".small."), averaged.shared)
     _, taught = outcome(replace(mutual, alpha=0.5, beta=0.5), own, rounds=3, **how)
@@ -443,11 +454,11 @@ def test_every_client_of_a_stack_has_its_own_rank():
 class Whole(FedKD):
     """FedKD whose messages are whole."""
 
-    def finish(self, model, train, start, end, data):
-        return end
+    def local(self, model, train, round_):
+        return phases_of(super().local(model, train, round_))
 
-    def server_update(self, server, shared, mean, share):
-        return server, shared | mean
+    def server_update(self, server, shared, aggregate, svd):
+        return Update(aggregate.mean, server)
 
 
 @STACK_FIRST
@@ -490,30 +501,36 @@ def shortened(old, new, energy):
 @STACK_FIRST
 def test_the_messages_of_fedkd_and_their_bytes_are_those_of_the_ranks(stacked):
     settings = {"energy_start": 0.5, "energy_end": 0.9, "energy_rounds": 4, **WITH_BN}
-    run, state = small.make_experiment(FedKD(**settings), stacked=stacked)
+    federation, state = small.make_experiment(FedKD(**settings), stacked=stacked)
     whole, _ = small.make_experiment(Whole(**settings), stacked=stacked)
     down = numel(select_prefix(state.shared, ".small."))
     for round_, energy in enumerate((0.6, 0.7, 0.8, 0.9, 0.9)):
         old, uploads, ups = select_prefix(small.clone_tree(state.shared), ".small."), [], 0
-        for done in whole.trainer.train(
-            run.local_clients, state.shared, small.clone_tree(state.personal), round_
+        for done in whole.clients.trainer.train(
+            federation.placement.local_clients,
+            state.shared,
+            small.clone_tree(state.personal),
+            round_,
         ):
             new = select_prefix(small.clone_tree(done.end.shared), ".small.")
             uploads.append(shortened(old, new, energy))
             ups += ranks_of(old, new, energy)
         for done, upload in zip(
-            run.trainer.train(run.local_clients, state.shared, state.personal, round_),
+            federation.clients.trainer.train(
+                federation.placement.local_clients, state.shared, state.personal, round_
+            ),
             uploads,
             strict=True,
         ):
-            small.assert_near(
-                select_prefix(run.algorithm.upload(done.start, done.end), ".small."), upload
-            )
+            message = federation.algorithm.upload(done.start, done.end, round_).mean
+            small.assert_near(select_prefix(message, ".small."), upload)
         mean = {n: (sum(upload[n].double() for upload in uploads) / 5).float() for n in old}
-        state, row, _ = run_round(run, state, evaluate=False, stop=False)
+        state, row, _ = run_round(federation, state, evaluate=False, stop=False)
         assert (row["bytes_up"], row["bytes_down"]) == (4 * ups, 4 * 5 * down), round_
         down = ranks_of(old, mean, energy)
-        assert state.shared[".svd.numbers"] == down and state.shared[".svd.round"] == round_ + 1
+        assert state.server[".svd.numbers"] == down and all(
+            n.startswith(".small.") for n in state.shared
+        )
         small.assert_near(select_prefix(state.shared, ".small."), shortened(old, mean, energy))
 
 
@@ -521,23 +538,23 @@ def test_the_messages_of_fedkd_and_their_bytes_are_those_of_the_ranks(stacked):
 def test_more_energy_is_a_longer_message(stacked):
     sent = []
     for energy in (0.2, 0.6, 0.9, 1.0):
-        run, state = small.make_experiment(
+        federation, state = small.make_experiment(
             FedKD(energy_start=energy, energy_end=energy, **WITH_BN), stacked=stacked
         )
-        sent.append(run_round(run, state, evaluate=False, stop=False)[1]["bytes_up"])
+        sent.append(run_round(federation, state, evaluate=False, stop=False)[1]["bytes_up"])
     assert sent == sorted(sent) and len(set(sent)) == 4
 
 
 @STACK_FIRST
 def test_a_client_of_fedkd_that_diverges_is_reported(stacked):
-    run, state = small.make_experiment(
+    federation, state = small.make_experiment(
         FedKD(**WITH_BN),
         stacked=stacked,
         train=replace(small.TRAIN, lr=1e30, epochs=5),
         sizes=(11, 7),
     )
     with pytest.raises(Fault, match="not finite"):
-        small.run_rounds(run, state, 2)
+        small.run_rounds(federation, state, 2)
 
 
 # FedAPEN
@@ -579,20 +596,22 @@ def test_the_mixture_is_the_private_network_at_1_and_the_shared_one_at_0():
 @pytest.mark.parametrize("lr", [thorough_param(1e-3), 0.3, 1e3])
 def test_w_is_learned_as_torch_would_on_the_samples_held_out(stacked, lr):
     algorithm = FedAPEN(held_out=0.3, w_lr=lr, **WITH_BN)
-    run, state = small.make_experiment(algorithm, stacked=stacked, sizes=(11, 7, 3))
+    federation, state = small.make_experiment(algorithm, stacked=stacked, sizes=(11, 7, 3))
     assert state.personal[".mix.w"].tolist() == [0.5] * 3
-    state = small.run_rounds(run, state, 1)
+    state = small.run_rounds(federation, state, 1)
     assert state.personal[".mix.w"].tolist() == [0.5] * 3
-    model, expected = run.trainer.model.eval_mode(), []
+    model, expected = federation.clients.trainer.model.eval_mode(), []
     rows, shared = small.clone_tree(state.personal), small.clone_tree(state.shared)
-    for row, client in enumerate(run.local_clients):
+    for row, client in enumerate(federation.placement.local_clients):
         w = torch.tensor(0.5, requires_grad=True)
         optimizer = torch.optim.SGD([w], lr=lr)
         v = Variables(shared, {n: value[row] for n, value in rows.items()})
         for epoch in range(10):
-            held = run.trainer.feed.epoch([client], 1, f"adaptability {epoch}", 0.3, True)
+            held = federation.clients.trainer.feed.epoch(
+                [client], 1, f"adaptability {epoch}", 0.3, True
+            )
             (count,) = held.sizes
-            assert count == {11: 3, 7: 2, 3: 1}[run.sizes[client]]
+            assert count == {11: 3, 7: 2, 3: 1}[federation.clients.sizes[client]]
             data = held.batch(1, 0, count)
             optimizer.zero_grad()
             logits = algorithm.logits(
@@ -602,23 +621,29 @@ def test_w_is_learned_as_torch_would_on_the_samples_held_out(stacked, lr):
             optimizer.step()
             w.data.clamp_(0, 1)
         expected.append(w.item())
-    judged = run.trainer.evaluate(run.local_clients, state.shared, state.personal, 1)
+    judged = federation.clients.trainer.evaluate(
+        federation.placement.local_clients, state.shared, state.personal, 1
+    )
 
     def with_w(w):
         return rows | {".mix.w": torch.tensor(w)}
 
     fixed = small.make_trainer(
-        FedAPEN(equal=True, **WITH_BN), samples=run.trainer.feed, stacked=stacked
+        FedAPEN(equal=True, **WITH_BN), samples=federation.clients.trainer.feed, stacked=stacked
     )
     assert torch.allclose(
-        judged, fixed.evaluate(run.local_clients, shared, with_w(expected), 1), atol=1e-6
+        judged,
+        fixed.evaluate(federation.placement.local_clients, shared, with_w(expected), 1),
+        atol=1e-6,
     )
     if lr > 1e-2:
         assert not torch.allclose(
-            judged, fixed.evaluate(run.local_clients, shared, with_w([0.5] * 3), 1), atol=1e-6
+            judged,
+            fixed.evaluate(federation.placement.local_clients, shared, with_w([0.5] * 3), 1),
+            atol=1e-6,
         )
     assert small.trees_equal(rows, state.personal)  # an evaluation changes nothing
-    learned = small.run_rounds(run, state, 1).personal[".mix.w"]
+    learned = small.run_rounds(federation, state, 1).personal[".mix.w"]
     assert learned.tolist() == pytest.approx(expected, abs=1e-6) and learned.tolist() != [0.5] * 3
     assert lr < 1e3 or set(learned.tolist()) <= {0.0, 1.0}
 
@@ -627,7 +652,7 @@ def test_w_is_learned_as_torch_would_on_the_samples_held_out(stacked, lr):
 class OnlyW(FedAPEN):
     """FedAPEN whose networks stay."""
 
-    def phases(self, model, train, round_):
+    def local(self, model, train, round_):
         return self.personalize(model, train, round_)
 
 
@@ -644,9 +669,9 @@ def test_learning_w_moves_w_alone(stacked):
 
 def test_equal_weights_stay():
     how = {"network": "bn_net", "rounds": 2}
-    run, fixed = outcome(FedAPEN(equal=True, **WITH_BN), **how)
-    assert fixed.personal[".mix.w"].tolist() == [0.5] * 5 and not run.algorithm.personalize(
-        run.trainer.model, small.TRAIN, 1
+    federation, fixed = outcome(FedAPEN(equal=True, **WITH_BN), **how)
+    assert fixed.personal[".mix.w"].tolist() == [0.5] * 5 and not federation.algorithm.personalize(
+        federation.clients.trainer.model, small.TRAIN, 1
     )
     _, still = outcome(FedAPEN(w_epochs=0, **WITH_BN), **how)
     assert small.trees_equal(still.shared, fixed.shared) and small.trees_equal(
@@ -659,8 +684,10 @@ def test_equal_weights_stay():
 
 
 def test_a_client_with_one_sample_keeps_its_w():
-    run, state = outcome(FedAPEN(**WITH_BN), sizes=(9, 2, 1), stacked=True)
-    w = dict(zip(run.local_clients, state.personal[".mix.w"].tolist(), strict=True))
+    federation, state = outcome(FedAPEN(**WITH_BN), sizes=(9, 2, 1), stacked=True)
+    w = dict(
+        zip(federation.placement.local_clients, state.personal[".mix.w"].tolist(), strict=True)
+    )
     assert w[2] == 0.5 and w[0] != 0.5 and w[1] != 0.5
     _, loop = outcome(FedAPEN(**WITH_BN), sizes=(9, 2, 1))
     small.assert_near(state.shared, loop.shared, rtol=1e-4)
@@ -684,12 +711,12 @@ def mixed(name, ranks):
         parts = build(config, str(TINY), comm)
         state = initial_state(parts)
         for _ in range(2):
-            state, row, scores = run_round(parts.run, state, evaluate=True, stop=False)
+            state, row, scores = run_round(parts.federation, state, evaluate=True, stop=False)
         personal = {}
-        for kind, clients in enumerate(parts.run.local_clients_by_kind):
+        for number, clients in enumerate(parts.federation.placement.local_clients_by_type):
             for at, client in enumerate(clients):
                 mine = {
-                    n: v[at] for n, v in state.personal.items() if n.startswith(f"kind-{kind}/")
+                    n: v[at] for n, v in state.personal.items() if n.startswith(f"kind-{number}/")
                 }
                 personal[client] = small.clone_tree(mine)
         return small.clone_tree(state.shared), personal, row, scores

@@ -35,9 +35,9 @@ from fedlora_mpi.config import read
 from fedlora_mpi.core.names import display_name
 from fedlora_mpi.data.partition import PARTITIONS, DirichletClass
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.run.assembly import load_data
 from fedlora_mpi.run.checkpointing import initial_state
 from fedlora_mpi.run.loop import resume, start
+from fedlora_mpi.run.parts import load_data
 
 NAMES = algorithms.algorithm_names()
 every_algorithm = pytest.mark.parametrize("name", NAMES)
@@ -121,8 +121,9 @@ def together(name: str, model: str):
 def test_the_tiny_experiment_is_ragged_and_four_of_seven_clients_take_part():
     sizes = [len(rows) for rows in build_tiny().split.train]
     assert min(sizes) * 4 < max(sizes) and len({-(-size // 8) for size in sizes}) >= 4
-    assert [len(group) for group in build_tiny().run.groups] == [2, 2, 2, 1]
-    cohorts = [build_tiny().run.sample_cohort(round_) for round_ in range(4)]
+    federation = build_tiny().federation
+    assert [len(group) for group in federation.placement.groups] == [2, 2, 2, 1]
+    cohorts = [federation.cohorts.sample(round_).members for round_ in range(4)]
     assert {len(cohort) for cohort in cohorts} == {4} and len(set(cohorts)) == 4
 
 
@@ -372,6 +373,7 @@ MOVERS = {
         "a flag that the first participation sets",
     ),
     "hetlora.lora_rank": (None, "a rank that falls now and then"),
+    "fedbabu.*": (lambda *_: set(), "the head, which trains on copies alone"),
 }
 
 # After two rounds of the whole cohort, seven clients of different data hold seven different rows of
@@ -381,13 +383,14 @@ ALIKE = {
     "fedcac.critical.*.bias": "four entries have six masks of two",
     "fedcac.critical.norm.weight": "four entries have six masks of two",
     "fd.own.round": "the round in which they all took part last",
+    "fedbabu.*": "the head that all clients draw",
     "fedproto.own.classes": "four classes, of which many hold all",
     "pfedgate.gate.in.weight": "the scale of the one channel, which BatchNorm takes off again",
     "pfedsd.taught": "a flag that the first participation sets",
     "hetlora.lora_rank": "a rank, at first the same for all",
 }
 
-# After two rounds of the whole cohort every shared leaf has moved. Those that need not:
+# After two rounds of the whole cohort every leaf of the server has moved. Those that need not:
 # {method.leaf: why}.
 STILL = {
     "ffa_lora.*.A": "the factor that never trains",
@@ -397,16 +400,12 @@ STILL = {
 
 # Variables that no seed changes: {method.leaf: why}.
 UNSEEDED = {
-    "fedkd.svd.round": "counts the rounds",
     "fedkd.svd.numbers": "a number of numbers",
     "fed_talora.last.clients": "counts the last cohort",
     "fedex_lora.last.clients": "counts the last cohort",
     "flora.last.*": "counts the components of the last cohort",
     "fed_talora.seen.*": "four classes, which every cohort has seen after two rounds",
-    "ffa_lora.turn.round": "counts the rounds",
-    "fed_rac_lora.turn.round": "counts the rounds",
     "fed_rac_lora.*.B": "zero between rounds",
-    "rolora.turn.round": "counts the rounds",
     "hetlora.lora_rank": "a rank, at first the same for all",
 }
 
@@ -427,7 +426,8 @@ def listed(table: dict, name: str, leaf: str):
 def test_absent_clients_keep_their_variables_and_the_others_train(name, model):
     known = set()
     for round_, (before, after) in enumerate(pairwise(run(name, model))):
-        cohort, anything = build_tiny(*overrides_for(name), model).run.sample_cohort(round_), set()
+        cohorts, anything = build_tiny(*overrides_for(name), model).federation.cohorts, set()
+        cohort = cohorts.sample(round_).members
         for leaf, rows in after.personal.items():
             moved = set(
                 (rows != before.personal[leaf]).reshape(7, -1).any(1).nonzero().flatten().tolist()
@@ -449,8 +449,9 @@ def test_personal_leaves_differ_and_shared_ones_move(name, model):
             assert distinct(rows) == 7, leaf
     if any(not listed(ALIKE, name, leaf) for leaf in end.personal):
         assert distinct(*end.personal.values()) == 7
-    for leaf, value in end.shared.items():
-        assert listed(STILL, name, leaf) or not torch.equal(value, begin.shared[leaf]), leaf
+    before, after = begin.shared | begin.server, end.shared | end.server
+    for leaf, value in after.items():
+        assert listed(STILL, name, leaf) or not torch.equal(value, before[leaf]), leaf
 
 
 def distinct(*leaves: torch.Tensor) -> int:
@@ -466,27 +467,28 @@ def test_an_exception_is_of_a_leaf_that_there_is(table):
         name = pattern.partition(".")[0]
         begin = initial_state(build_tiny(*overrides_for(name), NORM))
         leaves = [*begin.personal, *(begin.shared if table in (STILL, UNSEEDED) else ())]
+        leaves += begin.server if table is UNSEEDED else ()
         assert any(fnmatchcase(f"{name}.{display_name(leaf)}", pattern) for leaf in leaves), pattern
 
 
 @both_models
 def test_bytes_are_those_of_the_upload_and_of_the_shared_leaves(name, model):
-    parts = build_tiny(*overrides_for(name), model)
-    algorithm, first = parts.config.algorithm, parts.run.kinds[0].local_initial
+    client_type = build_tiny(*overrides_for(name), model).federation.clients.types[0]
+    transport, first = client_type.transport, client_type.local_initial
     first = Variables(clone_tree(first.shared), clone_tree(first.personal))
-    upload = algorithm.upload(first, first)
-    up, down = size(upload.values()), size(first.shared.values())
-    if offer := algorithm.offer(first, first):  # mixed rows come back to their clients
-        sent = {id(v) for v in upload.values()}  # a row that is uploaded anyway is not sent again
-        up += size(v for v in (*offer.rows.values(), offer.key, offer.extra) if id(v) not in sent)
-        down += size(offer.rows.values())
+    upload = transport.method.upload(first, first, 0)
+    up, down = size(upload.message.values()), size(first.shared.values())
+    if mix := upload.mix:  # mixed rows come back to their clients
+        sent = {id(v) for v in upload.message.values()}  # a row of the message is not sent again
+        up += size(v for v in (*mix.rows.values(), mix.key, mix.extra) if id(v) not in sent)
+        down += size(mix.rows.values())
     for moment in run(name, model)[1:]:
         assert moment.row["clients"] == 4
-        if type(algorithm).upload_numel is Algorithm.upload_numel:
+        if upload.numel is None:
             assert moment.row["bytes_up"] == 4 * up
         else:  # by what a client holds: its own tests have the formula
             assert 0 < moment.row["bytes_up"] <= 4 * up
-        if type(algorithm).download_numel is Algorithm.download_numel:
+        if transport.download_numel is None:
             assert moment.row["bytes_down"] == 4 * down
         else:  # by what has been before: likewise
             assert moment.row["bytes_down"] >= 0
@@ -505,11 +507,12 @@ def test_the_seed_decides_the_bits(name):
     again = run_rounds.__wrapped__(*overrides_for(name), *how, "rounds=1")[0]  # not the cached one
     assert snapshots_equal(once[1], again[1])
     for a, b in ((once[0], other[0]), (once[-1], other[-1])):
-        for leaf, value in (a.shared | a.personal).items():
+        others = b.shared | b.personal | b.server
+        for leaf, value in (a.shared | a.personal | a.server).items():
             # for instance B of a low-rank part
             constant = a is once[0] and value.unique().numel() == 1
             constant = constant or listed(UNSEEDED, name, leaf)
-            assert constant or not torch.equal(value, (b.shared | b.personal)[leaf]), leaf
+            assert constant or not torch.equal(value, others[leaf]), leaf
 
 
 @both_models
@@ -520,12 +523,13 @@ def test_accuracy_is_that_of_each_clients_own_model_on_its_own_data(name, model)
     data = load_data(parts.config, str(TINY))
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (data.mean, data.std))
     images = (data.test.x / 255 - mean) / std
-    network, algorithm = parts.run.trainer.model, parts.run.trainer.algorithm
+    client_type = parts.federation.clients.types[0]
+    network, transport = client_type.trainer.model, client_type.transport
     for client, rows in enumerate(parts.split.test):
         own = Variables(
-            algorithm.download(last.shared), {n: v[client] for n, v in last.personal.items()}
+            transport.download(last.shared), {n: v[client] for n, v in last.personal.items()}
         )
-        module = network.to_module(algorithm.client_model(network, own))
+        module = network.to_module(client_type.algorithm.client_model(network, own))
         right = module(images[rows]).argmax(1) == data.test.y[rows]
         assert last.clients["accuracy_aggregated"][client] == pytest.approx(
             right.double().mean().item()

@@ -7,7 +7,7 @@ import small
 import torch
 from tiers import STACK_FIRST, thorough_param
 
-from fedlora_mpi.algorithm import Batch, LocalTraining, Variables
+from fedlora_mpi.algorithm import Batch, LocalTraining, Variables, phases_of
 from fedlora_mpi.algorithms.ditto import Ditto
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedprox import FedProx
@@ -104,7 +104,7 @@ def test_a_penalty_has_the_gradient_of_half_a_square(algorithm):
     )
     now, start = apart(made)
     (value, grads), (without, grads_without) = (
-        slopes(m, m.algorithm.phases(m.model, m.settings, 0)[0].steps[0].loss, now, start)
+        slopes(m, m.algorithm.local(m.model, m.settings, 0)[0].steps[0].loss, now, start)
         for m in (made, off)
     )
     w = now.shared if isinstance(algorithm, FedProx) else owned(now.personal)
@@ -154,14 +154,14 @@ def test_with_lr_times_mu_one_every_step_starts_over_from_the_received_model(alg
 
 @NETWORKS
 def test_fedprox_with_mu_stays_nearer_to_where_it_started(network):
-    run, state = small.make_experiment(FedProx(mu=1.0), network)
+    federation, state = small.make_experiment(FedProx(mu=1.0), network)
     (_, prox), (_, avg) = (
         small.final_state(algorithm, network, 1)[1:3] for algorithm in (FedProx(mu=1.0), FedAvg())
     )
     way = [
         sum(
             float(((end[n] - v) ** 2).sum())
-            for n, v in parameters(run.trainer, state.shared).items()
+            for n, v in parameters(federation.clients.trainer, state.shared).items()
         )
         for end in (prox, avg)
     ]
@@ -184,12 +184,18 @@ def test_fedprox_and_ditto_agree_on_loop_and_stack(algorithm, network):
 @NETWORKS
 def test_scaffolds_first_round_is_fedavg_and_its_second_is_not(network, stacked):
     how = {"network": network, "stacked": stacked, "train": PLAIN}
-    run, state = small.make_experiment(Scaffold(), **how)
-    plain_run, plain = small.make_experiment(FedAvg(weights="uniform"), **how)
-    state, plain = small.run_rounds(run, state, 1), small.run_rounds(plain_run, plain, 1)
+    federation, state = small.make_experiment(Scaffold(), **how)
+    plain_federation, plain = small.make_experiment(FedAvg(weights="uniform"), **how)
+    state, plain = (
+        small.run_rounds(federation, state, 1),
+        small.run_rounds(plain_federation, plain, 1),
+    )
     assert small.trees_equal({n: state.shared[n] for n in plain.shared}, plain.shared)
-    state, plain = small.run_rounds(run, state, 1), small.run_rounds(plain_run, plain, 1)
-    assert gap(state.shared, parameters(run.trainer, plain.shared)) > 1e-4
+    state, plain = (
+        small.run_rounds(federation, state, 1),
+        small.run_rounds(plain_federation, plain, 1),
+    )
+    assert gap(state.shared, parameters(federation.clients.trainer, plain.shared)) > 1e-4
 
 
 def test_the_correction_has_the_gradient_c_minus_c_i():
@@ -197,7 +203,7 @@ def test_the_correction_has_the_gradient_c_minus_c_i():
     now, start = apart(made)
     plain = small.make_trainer(FedAvg(), "bn_net")
     (value, grads), (without, expected) = (
-        slopes(m, m.algorithm.phases(m.model, m.settings, 0)[0].steps[0].loss, v, start)
+        slopes(m, m.algorithm.local(m.model, m.settings, 0)[0].steps[0].loss, v, start)
         for m, v in (
             (made, now),
             (plain, Variables({n: now.shared[n] for n in made.model.leaves}, {})),
@@ -251,11 +257,11 @@ def test_a_control_variate_is_the_mean_gradient_of_the_clients_steps(stacked):
 @pytest.mark.parametrize("participation", [thorough_param(1.0), 0.4])
 def test_c_is_the_mean_of_all_c_i_at_any_participation(stacked, participation):
     how = {"stacked": stacked, "participation": participation, "train": PLAIN}
-    run, state = small.make_experiment(Scaffold(), "bn_net", **how)
+    federation, state = small.make_experiment(Scaffold(), "bn_net", **how)
     for _ in range(3):
         before = small.clone_tree(state.personal)
-        chosen = run.sample_cohort(state.round)
-        state = small.run_rounds(run, state, 1)
+        chosen = federation.cohorts.sample(state.round).members
+        state = small.run_rounds(federation, state, 1)
         mean = {n.replace(".c_i.", ".c."): v.mean(0) for n, v in state.personal.items()}
         assert max(float(v.abs().max()) for v in mean.values()) > 1e-2
         assert gap(state.shared, mean) < 1e-6
@@ -284,12 +290,12 @@ def test_scaffold_on_identical_clients_is_fedavg(stacked):
 @STACK_FIRST
 def test_the_server_goes_its_own_way_with_parameters_and_takes_the_mean_of_statistics(stacked):
     how = {"network": "bn_net", "stacked": stacked, "train": PLAIN}
-    run, state = small.make_experiment(Scaffold(), **how)
+    federation, state = small.make_experiment(Scaffold(), **how)
     x = small.clone_tree(state.shared)
     one, far = (
         small.final_state(Scaffold(server_lr=lr), rounds=1, **how).shared for lr in (1.0, 1.7)
     )
-    expected = {n: x[n] + 1.7 * (one[n] - x[n]) for n in parameters(run.trainer, x)}
+    expected = {n: x[n] + 1.7 * (one[n] - x[n]) for n in parameters(federation.clients.trainer, x)}
     assert gap(far, expected) < 1e-6
     others = [n for n in x if n not in expected]
     assert len(others) > len(expected) and all(torch.equal(far[n], one[n]) for n in others)
@@ -304,8 +310,9 @@ class Flat:
     def logits(self, model, v, x):
         return x.new_zeros(len(x), small.CLASSES)  # a constant cross-entropy
 
-    def phases(self, model, train, round_):
-        (phase,) = super().phases(model, train, round_)
+    def local(self, model, train, round_):
+        items = super().local(model, train, round_)
+        (phase,) = phases_of(items)
         (step,) = phase.steps
 
         def loss(now, start, batch):
@@ -315,7 +322,8 @@ class Flat:
             )
             return step.loss(now, start, batch) + bowls
 
-        return (phase._replace(steps=(step._replace(loss=loss),)),)
+        flat = phase._replace(steps=(step._replace(loss=loss),))
+        return tuple(flat if item is phase else item for item in items)
 
 
 def quadratic(samples):
@@ -344,11 +352,11 @@ def test_scaffold_reaches_the_optimum_of_heterogeneous_quadratics_where_fedavg_s
 
     def worst(algorithm, rounds, last):
         """The largest distance from the optimum at the end of any of the ``last`` of the rounds."""
-        run, state = small.make_experiment(algorithm, participation=participation, **how)
-        state, gaps = small.run_rounds(run, state, rounds - last), []
+        federation, state = small.make_experiment(algorithm, participation=participation, **how)
+        state, gaps = small.run_rounds(federation, state, rounds - last), []
         for _ in range(last):
-            state = small.run_rounds(run, state, 1)
-            w = [state.shared[n] for n in run.trainer.model.leaves]
+            state = small.run_rounds(federation, state, 1)
+            w = [state.shared[n] for n in federation.clients.trainer.model.leaves]
             gaps.append(max(float((v - optimum).abs().max()) for v in w))
         return max(gaps)
 
@@ -414,16 +422,17 @@ def test_ditto_far_from_everyone_is_drawn_to_the_received_model():
 
 @STACK_FIRST
 def test_ditto_judges_and_keeps_what_is_the_clients_own(stacked):
-    run, state = small.make_experiment(Ditto(), "bn_net", participation=0.6, stacked=stacked)
-    state, chosen = small.run_rounds(run, state, 1), run.sample_cohort(1)
+    federation, state = small.make_experiment(Ditto(), "bn_net", participation=0.6, stacked=stacked)
+    state, chosen = small.run_rounds(federation, state, 1), federation.cohorts.sample(1).members
     before = small.clone_tree(state.personal)
-    state = small.run_rounds(run, state, 1)
+    state = small.run_rounds(federation, state, 1)
     for client in range(5):
         moved = [not torch.equal(v[client], before[n][client]) for n, v in state.personal.items()]
         assert all(moved) if client in chosen else not any(moved)
         v = Variables(state.shared, {n: w[client] for n, w in state.personal.items()})
         assert small.trees_equal(
-            run.algorithm.client_model(run.trainer.model, v), owned(v.personal)
+            federation.algorithm.client_model(federation.clients.trainer.model, v),
+            owned(v.personal),
         )
 
 
@@ -436,10 +445,10 @@ def test_ditto_judges_and_keeps_what_is_the_clients_own(stacked):
     ids=["fedprox", "scaffold", "ditto"],
 )
 def test_uploads_and_downloads_have_the_stated_size(algorithm, parameters_too):
-    run, state = small.make_experiment(algorithm, "bn_net")
-    initial = run.trainer.model.initial
-    size = numel(initial) + parameters_too * numel(parameters(run.trainer, initial))
-    assert run.upload_layout.size == numel(state.shared) == size
+    federation, state = small.make_experiment(algorithm, "bn_net")
+    initial = federation.clients.trainer.model.initial
+    size = numel(initial) + parameters_too * numel(parameters(federation.clients.trainer, initial))
+    assert federation.aggregator.terms.flat.size == numel(state.shared) == size
 
 
 @pytest.mark.parametrize(

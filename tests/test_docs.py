@@ -90,7 +90,7 @@ def test_what_is_measured_is_what_a_round_logs(name):
         build_tiny(f"algorithm={name}"),
         run_rounds(f"algorithm={name}", "rounds=1")[0][-1].row,
     )
-    counted = MAKE["measured"](parts.config.algorithm, parts.run.trainer.model)
+    counted = MAKE["measured"](parts.config.algorithm, parts.federation.clients.trainer.model)
     assert (row["bytes_up"], row["bytes_down"]) == (
         counted.up * row["clients"],
         counted.down * row["clients"],

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiers import thorough_param
 
-from fedlora_mpi.algorithm import Algorithm, LocalTraining, Phase, Sgd, Step, Variables
+from fedlora_mpi.algorithm import Algorithm, LocalTraining, Phase, Sgd, Step, Variables, Visit
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.local import Local
@@ -55,7 +55,7 @@ class Phased(FedAvg):
 
     parts: tuple = ()
 
-    def phases(self, model, train, round_):
+    def local(self, model, train, round_):
         def phase(epochs, constant=None, **step):
             return Phase(epochs, (Step(**{"loss": self.loss(model), **step}),), constant)
 
@@ -306,7 +306,7 @@ def test_a_constant_is_computed_once_from_each_clients_own_variables(stacked):
 
     @dataclass(frozen=True)
     class Pulled(Local):
-        def phases(self, model, train, round_):
+        def local(self, model, train, round_):
             def constant(v):
                 seen.append(1)
                 return {n: 3 * w for n, w in v.personal.items()}
@@ -325,6 +325,58 @@ def test_a_constant_is_computed_once_from_each_clients_own_variables(stacked):
             {n: tree[n] for n in personal_C}, {n: 2.5 * v[client] for n, v in personal_C.items()}
         )
     assert len(seen) == (1 if stacked else len(CLIENTS))
+
+
+@dataclass(frozen=True)
+class Visited(Algorithm):
+    """w <- 2 w + 1 twice, + 1 by SGD, 10 w + w_start, + 2 by SGD, 10 w + w_start; ``rows``: how many
+    samples the visits before and after SGD are given; ``held``: how many the client has.
+    """
+
+    def init(self, model, rng):
+        zeros = {n: torch.zeros(size) for n, size in (("w", 1), ("rows", 2), ("held", 1))}
+        return Variables({}, zeros)
+
+    def local(self, model, train, round_):
+        def rows_of(data):
+            return torch.as_tensor(len(data.y) if data.real is None else data.real.sum())
+
+        def before(start, now, data):
+            own = now.personal
+            held = data.counts.sum()[None].to(own["held"])
+            rows = torch.stack([rows_of(data), own["rows"][1]])
+            return Variables(
+                {}, {"w": own["w"] + start.personal["w"] + 1, "rows": rows, "held": held}
+            )
+
+        def between(start, now, data):
+            own = now.personal
+            rows = torch.stack([own["rows"][0], rows_of(data).to(own["rows"])])
+            return Variables({}, own | {"w": 10 * own["w"] + start.personal["w"], "rows": rows})
+
+        def up(now, start, batch):
+            return -now.personal["w"].sum()
+
+        step = Step(up, "w".__eq__)
+        first, later = Visit(before), Visit(between, all_data=True)
+        return first, first, Phase(1, (step,)), later, Phase(2, (step,)), later
+
+
+@PATHS
+def test_visits_and_phases_happen_in_their_order(stacked):
+    train = LocalTraining(1, 100, lr=1.0, momentum=0.0)
+    made = small.make_trainer(Visited(), train=train, stacked=stacked)
+    rows_C = small.repeat_rows(small.initial_variables(made).personal, len(CLIENTS))
+    results = list(made.train(CLIENTS, {}, rows_C, 0))
+    assert [done.client for done in results] == [*CLIENTS]
+    for done in results:
+        size = small.SIZES[done.client]
+        assert done.start.personal["w"] == 3 and done.start.personal["rows"].tolist() == [1, 0]
+        assert done.end.personal["w"] == 10 * (10 * 4 + 3 + 2) + 3
+        assert done.end.personal["rows"].tolist() == [1, size]
+        assert done.end.personal["held"] == size
+        assert not any(v.requires_grad for v in done.end.personal.values())
+    assert not rows_C["w"].any()
 
 
 @pytest.mark.parametrize(
@@ -483,7 +535,7 @@ class Adds(Algorithm):
     def init(self, model, rng):
         return Variables({}, {n: torch.zeros(small.SHAPE) for n in ("held", "rest")})
 
-    def phases(self, model, train, round_):
+    def local(self, model, train, round_):
         def adding(name):
             def loss(now, start, batch):
                 real = 1 if batch.real is None else batch.real[:, None, None, None]
@@ -526,8 +578,8 @@ def test_the_cost_of_a_round_is_that_of_the_samples_that_are_used():
     class Twice(FedAvg):
         held_out: float = 0.2
 
-        def phases(self, model, train, round_):
-            (phase,) = super().phases(model, train, round_)
+        def local(self, model, train, round_):
+            (phase,) = super().local(model, train, round_)
             return phase._replace(held_out=True), phase
 
     costs = [

@@ -25,7 +25,7 @@ from runs import (
 )
 
 from fedlora_mpi.core.disk_errors import WriteError
-from fedlora_mpi.federation.client_rows import DiskRows
+from fedlora_mpi.federation.client_store import DiskRows
 
 CONFIG = TESTS / "faulty.yaml"
 # keeps one checkpoint, so that another is removed

@@ -8,7 +8,7 @@ import small
 import torch
 from tiers import STACK_FIRST, thorough_param
 
-from fedlora_mpi.algorithm import Batch, LocalTraining, Variables
+from fedlora_mpi.algorithm import Batch, LocalTraining, Transport, Variables
 from fedlora_mpi.algorithms.fedala import FedALA
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedavg_ft import FedAvgFT
@@ -58,23 +58,32 @@ def met(made, at=0):
 def test_weights_that_do_not_learn_are_fedavg(network, stacked, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
     how |= {"train": replace(small.TRAIN, weight_decay=0.01)}
-    run, state = small.make_experiment(FedALA(eta=0.0, start_epochs=2, p=2), **how)
-    plain_run, plain = small.make_experiment(FedAvg(), **how)
+    federation, state = small.make_experiment(FedALA(eta=0.0, start_epochs=2, p=2), **how)
+    plain_federation, plain = small.make_experiment(FedAvg(), **how)
     for _ in range(3):
-        state, plain = small.run_rounds(run, state, 1), small.run_rounds(plain_run, plain, 1)
+        state, plain = (
+            small.run_rounds(federation, state, 1),
+            small.run_rounds(plain_federation, plain, 1),
+        )
         assert small.trees_equal(state.shared, plain.shared)
     assert all((v == 1).all() for n, v in state.personal.items() if n.startswith(".A."))
 
 
 @NETWORKS
 def test_round_1_is_fedavg_and_round_2_is_not(network):
-    run, state = small.make_experiment(FedALA(), network)
-    plain_run, plain = small.make_experiment(FedAvg(), network)
-    state, plain = small.run_rounds(run, state, 1), small.run_rounds(plain_run, plain, 1)
+    federation, state = small.make_experiment(FedALA(), network)
+    plain_federation, plain = small.make_experiment(FedAvg(), network)
+    state, plain = (
+        small.run_rounds(federation, state, 1),
+        small.run_rounds(plain_federation, plain, 1),
+    )
     assert small.trees_equal(state.shared, plain.shared)
     weights, _ = split(state.personal, lambda n: n.startswith(".A."))
     assert all((v == 1).all() for v in weights.values())
-    state, plain = small.run_rounds(run, state, 1), small.run_rounds(plain_run, plain, 1)
+    state, plain = (
+        small.run_rounds(federation, state, 1),
+        small.run_rounds(plain_federation, plain, 1),
+    )
     assert not any(torch.equal(v, plain.shared[n]) for n, v in state.shared.items())
     assert all((v < 1).any() for v in weights.values())
 
@@ -96,11 +105,14 @@ class PersonalHead(FedAvg):
 @pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 def test_weights_of_zero_keep_the_head_personal(network, stacked, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
-    run, state = small.make_experiment(FedALA(eta=0.0), **how)
-    plain_run, plain = small.make_experiment(PersonalHead(), **how)
+    federation, state = small.make_experiment(FedALA(eta=0.0), **how)
+    plain_federation, plain = small.make_experiment(PersonalHead(), **how)
     for name in TOP[network]:
         state.personal[f".A.{name}"].zero_()
-    state, plain = small.run_rounds(run, state, 3), small.run_rounds(plain_run, plain, 3)
+    state, plain = (
+        small.run_rounds(federation, state, 3),
+        small.run_rounds(plain_federation, plain, 3),
+    )
     for name in TOP[network]:
         assert torch.equal(state.personal[f".own.{name}"], plain.personal[name])
     assert small.trees_equal({n: state.shared[n] for n in plain.shared}, plain.shared)
@@ -112,7 +124,11 @@ def test_weights_of_zero_keep_the_head_personal(network, stacked, participation)
 @NETWORKS
 def test_the_gradient_of_a_weight_is_the_gap_times_the_gradient_of_the_mix(network):
     made = small.make_trainer(FedALA(), network)
-    v, model, (step,) = met(made), made.model, made.algorithm.aggregation_phase(made.model, 1).steps
+    v, model, (step,) = (
+        met(made),
+        made.model,
+        made.algorithm.local(made.model, made.settings, 1)[0].steps,
+    )
     v = v._replace(
         personal={n: w.requires_grad_(n.startswith(".A.")) for n, w in v.personal.items()}
     )
@@ -181,34 +197,38 @@ def test_weights_take_plain_clipped_steps_on_their_share_of_the_data(network, st
 class Started(FedALA):
     """Stops where local training would start."""
 
-    def phases(self, model, train, round_):
-        return super().phases(model, train, round_)[:1]
+    def local(self, model, train, round_):
+        return super().local(model, train, round_)[:2]
 
 
 @STACK_FIRST
 @NETWORKS
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_evaluation_is_of_the_model_with_which_the_next_round_starts(network, stacked, rounds):
-    run, state = small.make_experiment(FedALA(start_epochs=2), network, stacked=stacked)
-    state = small.run_rounds(run, state, rounds)
+    federation, state = small.make_experiment(FedALA(start_epochs=2), network, stacked=stacked)
+    state = small.run_rounds(federation, state, rounds)
     shared, rows = small.clone_tree(state.shared), small.clone_tree(state.personal)
-    scores = run.trainer.evaluate(run.groups[0], state.shared, state.personal, rounds)
+    scores = federation.clients.trainer.evaluate(
+        federation.placement.groups[0], state.shared, state.personal, rounds
+    )
     assert small.trees_equal(state.shared, shared) and small.trees_equal(state.personal, rows)
-    started = replace(run.trainer, algorithm=Started(start_epochs=2))
-    results = list(started.train(run.groups[0], shared, rows, rounds, evaluate=True))
+    started = replace(federation.clients.trainer, transport=Transport(Started(start_epochs=2)))
+    results = list(
+        started.train(federation.placement.groups[0], shared, rows, rounds, evaluate=True)
+    )
     assert torch.equal(scores, torch.stack([done.score for done in results]))
-    plain = replace(run.trainer, algorithm=FedAvg())
+    plain = replace(federation.clients.trainer, transport=Transport(FedAvg()))
     assert (
-        scores[:, 1] - plain.evaluate(run.groups[0], shared, {}, rounds)[:, 1]
+        scores[:, 1] - plain.evaluate(federation.placement.groups[0], shared, {}, rounds)[:, 1]
     ).abs().min() > 1e-7
 
 
 def test_evaluating_does_not_change_what_is_trained():
     states = []
     for evaluate in (True, False):
-        run, state = small.make_experiment(FedALA(start_epochs=2), "bn_net")
+        federation, state = small.make_experiment(FedALA(start_epochs=2), "bn_net")
         for _ in range(3):
-            state, _, _ = run_round(run, state, evaluate=evaluate, stop=False)
+            state, _, _ = run_round(federation, state, evaluate=evaluate, stop=False)
         states.append(state)
     one, other = states
     assert small.trees_equal(one.shared, other.shared) and small.trees_equal(
@@ -218,7 +238,7 @@ def test_evaluating_does_not_change_what_is_trained():
 
 def test_the_start_takes_longer_in_round_2_alone():
     algorithm, model = FedALA(), small.make_model()
-    epochs = [algorithm.phases(model, small.TRAIN, round_)[0].epochs for round_ in range(4)]
+    epochs = [algorithm.local(model, small.TRAIN, round_)[0].epochs for round_ in range(4)]
     assert epochs == [1, 11, 1, 1]
 
 
@@ -226,7 +246,7 @@ def test_the_start_takes_longer_in_round_2_alone():
     "s, used", [(80.0, [400, 8, 5, 1, 1]), (100.0, [500, 11, 7, 2, 1]), (1.0, [5, 1, 1, 1, 1])]
 )
 def test_the_share_of_the_data_is_rounded_down_and_never_nothing(s, used):
-    limit = FedALA(s=s).aggregation_phase(small.make_model(), 1).limit
+    limit = FedALA(s=s).local(small.make_model(), small.TRAIN, 1)[0].limit
     assert [limit(size) for size in (500, 11, 7, 2, 1)] == used
 
 
@@ -254,21 +274,25 @@ def test_p_counts_layers_from_the_end(p, tops):
 @NETWORKS
 def test_participants_keep_their_trained_top_and_others_what_they_had(network, stacked):
     how = {"network": network, "participation": 0.6, "stacked": stacked, "group_size": 2}
-    run, state = small.make_experiment(FedALA(start_epochs=1), **how)
-    state = small.run_rounds(run, state, 1)
-    before, chosen = small.clone_tree(state.personal), run.sample_cohort(1)
-    rows = [run.row_of_client[c] for c in chosen]
+    federation, state = small.make_experiment(FedALA(start_epochs=1), **how)
+    state = small.run_rounds(federation, state, 1)
+    before, chosen = small.clone_tree(state.personal), federation.cohorts.sample(1).members
+    rows = [federation.placement.row_of_client[c] for c in chosen]
     trained = {}
-    for group in run.groups:
+    for group in federation.placement.groups:
         members = [c for c in group if c in chosen]
         if members:
-            rows_C = {n: v[[run.row_of_client[c] for c in members]] for n, v in before.items()}
-            trained |= {
-                d.client: d.end for d in run.trainer.train(members, state.shared, rows_C, 1)
+            rows_C = {
+                n: v[[federation.placement.row_of_client[c] for c in members]]
+                for n, v in before.items()
             }
-    state = small.run_rounds(run, state, 1)
+            trained |= {
+                d.client: d.end
+                for d in federation.clients.trainer.train(members, state.shared, rows_C, 1)
+            }
+    state = small.run_rounds(federation, state, 1)
     assert 0 < len(chosen) < 5 and set(trained) == chosen
-    for row, client in enumerate(run.local_clients):
+    for row, client in enumerate(federation.placement.local_clients):
         for name in TOP[network]:
             now = state.personal[f".own.{name}"][row]
             kept = before[f".own.{name}"][row] if row not in rows else trained[client].shared[name]
@@ -279,19 +303,27 @@ def test_participants_keep_their_trained_top_and_others_what_they_had(network, s
 
 @NETWORKS
 def test_weights_and_own_tops_never_travel(network):
-    run, state = small.make_experiment(FedALA(), network)
-    assert list(run.upload_layout.shapes) == list(state.shared) == list(run.trainer.model.leaves)
+    federation, state = small.make_experiment(FedALA(), network)
+    assert (
+        list(federation.aggregator.terms.flat.shapes)
+        == list(state.shared)
+        == list(federation.clients.trainer.model.leaves)
+    )
     assert list(state.personal) == [f".{kind}.{n}" for kind in ("own", "A") for n in TOP[network]]
-    _, row, _ = run_round(run, state, evaluate=False, stop=False)
-    assert row["bytes_up"] == row["bytes_down"] == 5 * 4 * numel(run.trainer.model.initial)
+    _, row, _ = run_round(federation, state, evaluate=False, stop=False)
+    assert (
+        row["bytes_up"]
+        == row["bytes_down"]
+        == 5 * 4 * numel(federation.clients.trainer.model.initial)
+    )
 
 
 @NETWORKS
 def test_loop_and_stack_agree(network):
     states = []
     for stacked in (False, True):
-        run, state = small.make_experiment(FedALA(start_epochs=2), network, stacked=stacked)
-        states.append(small.run_rounds(run, state, 2))
+        federation, state = small.make_experiment(FedALA(start_epochs=2), network, stacked=stacked)
+        states.append(small.run_rounds(federation, state, 2))
     loop, stack = states
     small.assert_near(stack.shared, loop.shared)
     small.assert_near(stack.personal, loop.personal)
@@ -321,11 +353,11 @@ def test_impossible_fields_are_refused(kind, fields):
 @NETWORKS
 def test_fine_tuning_leaves_no_trace_in_the_state(network, stacked):
     how = {"network": network, "stacked": stacked, "participation": 0.6}
-    run, state = small.make_experiment(FedAvgFT(ft_epochs=2), **how)
-    plain_run, plain = small.make_experiment(FedAvg(), **how)
+    federation, state = small.make_experiment(FedAvgFT(ft_epochs=2), **how)
+    plain_federation, plain = small.make_experiment(FedAvg(), **how)
     for _ in range(2):
-        state, row, tuned = run_round(run, state, evaluate=True, stop=False)
-        plain, other, scores = run_round(plain_run, plain, evaluate=True, stop=False)
+        state, row, tuned = run_round(federation, state, evaluate=True, stop=False)
+        plain, other, scores = run_round(plain_federation, plain, evaluate=True, stop=False)
         assert (
             small.trees_equal(state.shared, plain.shared) and state.personal == plain.personal == {}
         )
@@ -334,27 +366,34 @@ def test_fine_tuning_leaves_no_trace_in_the_state(network, stacked):
         row["bytes_up"]
         == other["bytes_up"]
         == row["bytes_down"]
-        == 3 * 4 * numel(run.trainer.model.initial)
+        == 3 * 4 * numel(federation.clients.trainer.model.initial)
     )
 
 
 @STACK_FIRST
 @NETWORKS
 def test_fine_tuning_as_long_as_training_is_the_next_rounds_training(network, stacked):
-    run, state = small.make_experiment(
+    federation, state = small.make_experiment(
         FedAvgFT(ft_epochs=small.TRAIN.epochs), network, stacked=stacked
     )
-    state = small.run_rounds(run, state, 1)
-    tuned = run.trainer.evaluate(run.groups[0], state.shared, {}, state.round)
-    trained = run.trainer.train(run.groups[0], state.shared, {}, state.round, evaluate=True)
+    state = small.run_rounds(federation, state, 1)
+    tuned = federation.clients.trainer.evaluate(
+        federation.placement.groups[0], state.shared, {}, state.round
+    )
+    trained = federation.clients.trainer.train(
+        federation.placement.groups[0], state.shared, {}, state.round, evaluate=True
+    )
     assert torch.equal(tuned, torch.stack([done.score for done in trained]))
 
 
 def test_no_fine_tuning_is_fedavg():
-    run, state = small.make_experiment(FedAvgFT(ft_epochs=0), "bn_net")
-    plain = replace(run.trainer, algorithm=FedAvg())
+    federation, state = small.make_experiment(FedAvgFT(ft_epochs=0), "bn_net")
+    plain = replace(federation.clients.trainer, transport=Transport(FedAvg()))
     assert torch.equal(
-        *(t.evaluate(run.groups[0], state.shared, {}, 0) for t in (run.trainer, plain))
+        *(
+            t.evaluate(federation.placement.groups[0], state.shared, {}, 0)
+            for t in (federation.clients.trainer, plain)
+        )
     )
 
 
@@ -369,5 +408,5 @@ def test_one_epoch_of_fine_tuning_is_a_pass_of_sgd():
     grads = torch.autograd.grad(loss, leaves.values())
     moved = {n: w.detach() - 0.3 * g for (n, w), g in zip(leaves.items(), grads, strict=True)}
     (found,) = made.evaluate([0], v.shared, {}, 4)
-    (expected,) = replace(made, algorithm=FedAvg()).evaluate([0], moved, {}, 4)
+    (expected,) = replace(made, transport=Transport(FedAvg())).evaluate([0], moved, {}, 4)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

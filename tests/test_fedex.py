@@ -6,11 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from aggregates import svd
+from finetuned import aggregate_terms, start_variables
 from runs import NORM, TINY, build_tiny, run_rounds, tiny_config, trees_equal
 from small import CLASSES, make_model
 from tiers import thorough_param
 
-from fedlora_mpi.algorithm import Cohort, Variables
+from fedlora_mpi.algorithm import Update, Variables
 from fedlora_mpi.algorithms.fed_talora import FedTaLoRA
 from fedlora_mpi.algorithms.fedex_lora import FedExLoRA
 from fedlora_mpi.algorithms.fedit import FedIT
@@ -47,38 +49,52 @@ def beginning(algorithm):
 
 
 def everything(classes=CLASSES):
-    """A client's data: as far as ``begin`` reads them, with samples of the first ``classes``."""
+    """A client's data: as far as a visit reads them, with samples of the first ``classes``."""
     counts = (torch.arange(CLASSES) < classes).double()
     return Batch(torch.zeros(1), torch.zeros(1), None, torch.tensor(0), counts)
 
 
 def trained(algorithm, shared, client, counts=COUNTS, data=None):
-    """(start,
-    end) of a client whose training has added ``numbers`` to everything that it trains."""
-    own = algorithm.for_client(client, len(counts))
-    start = own.begin(NET, Variables(own.download(shared), {}), data or everything())
-    moves = own.trained_leaves(NET)
-    end = {n: v + numbers(v.shape, n, client) if moves(n) else v for n, v in start.shared.items()}
-    return own, start, Variables(end, {})
-
-
-def round_of(algorithm, shared, counts=COUNTS, clients=None, change=None):
-    """(the clients' shared variables after training, the server's next ones); ``change``: a
-    client's end -> its end.
+    """(transport, start, end) of a client whose training has added ``numbers`` to everything that
+    it trains.
     """
-    ends, parts = [], []
+    transport = algorithm.transport(client, len(counts))
+    received = Variables(transport.download(shared), {})
+    start = start_variables(transport.method, NET, received, data=data or everything())
+    moves = transport.method.trained_leaves(NET)
+    end = {n: v + numbers(v.shape, n, client) if moves(n) else v for n, v in start.shared.items()}
+    return transport, start, Variables(end, {})
+
+
+def update_of(
+    algorithm, shared, counts=COUNTS, clients=None, change=None, held=None
+) -> tuple[list, Update]:
+    """(the clients' shared variables after training, the server's update).
+
+    change: a client's end -> its end; held: client k has the first ``held[k]`` classes.
+    """
+    ends, terms = [], []
     clients = range(len(counts)) if clients is None else clients
     for client in clients:
-        own, start, end = trained(algorithm, shared, client, counts)
+        data = everything(held[client]) if held else None
+        transport, start, end = trained(algorithm, shared, client, counts, data)
         end = change(client, end) if change else end
-        parts.append(own.expand(own.upload(start, end), shared, counts[client]))
+        upload = transport.method.upload(start, end, 0)
+        terms.append(transport.expand(upload, shared, counts[client]))
         ends.append(end.shared)
-    total = sum(counts[client] for client in clients)
-    mean = {
-        n: sum(counts[c] * part[n] for c, part in zip(clients, parts, strict=True)) / total
-        for n in parts[0]
-    }
-    return ends, algorithm.server_update({}, shared, mean, Cohort(1.0, total))[1]
+    aggregate = aggregate_terms(terms, [counts[client] for client in clients], shared)
+    return ends, algorithm.server_update({}, shared, aggregate, svd)
+
+
+def round_of(algorithm, shared, **how):
+    """(the clients' shared variables after training, the server's next ones), see ``update_of``."""
+    ends, update = update_of(algorithm, shared, **how)
+    return ends, update.shared
+
+
+def client_method(algorithm, client):
+    """The method as one of three clients has it."""
+    return algorithm.transport(client, 3).method
 
 
 def averaged(trees, counts=COUNTS):
@@ -112,7 +128,7 @@ def test_the_next_update_is_the_mean_of_what_was_trained(cls, ranks):
         before, (ends, shared) = shared, round_of(algorithm, shared)
         W = dense_updates(before)
         products = averaged(
-            [algorithm.for_client(k, 3).factor_products(end) for k, end in enumerate(ends)]
+            [client_method(algorithm, k).factor_products(end) for k, end in enumerate(ends)]
         )
         assert_near(algorithm.delta(shared), {n: W[n] + p for n, p in products.items()})
         assert_near(algorithm.delta(shared), averaged([algorithm.delta(end) for end in ends]))
@@ -151,7 +167,8 @@ def test_the_order_of_the_clients_changes_nothing(cls, ranks):
 def test_a_client_trains_factors_and_head_on_a_frozen_W(cls):
     algorithm = cls(lora_ranks=EQUAL)
     _, shared = round_of(algorithm, beginning(algorithm))
-    own, start, end = trained(algorithm, shared, 0)
+    transport, start, end = trained(algorithm, shared, 0)
+    own = transport.method
     factors = {f"{n}..{letter}" for n in dense_updates(shared) for letter in "AB"}
     assert set(filter(own.trained_leaves(NET), start.shared)) == factors.union(HEAD)
     weights = own.client_model(NET, end)
@@ -160,7 +177,7 @@ def test_a_client_trains_factors_and_head_on_a_frozen_W(cls):
         torch.testing.assert_close(
             weights[name], NET.initial[name] + update.view(NET.leaves[name].shape)
         )
-    assert not any(n.endswith(".W") for n in own.upload(start, end))
+    assert not any(n.endswith(".W") for n in own.upload(start, end, 0).message)
 
 
 @NAMES
@@ -265,7 +282,7 @@ def test_a_client_of_a_lower_rank_gets_the_first_components_and_all_of_W(cls):
     algorithm = cls(lora_ranks=MIXED)
     _, shared = round_of(algorithm, beginning(algorithm))
     for client, rank in enumerate(MIXED):
-        got = algorithm.for_client(client, 3).download(shared)
+        got = algorithm.transport(client, 3).download(shared)
         for name, W in dense_updates(shared).items():
             assert torch.equal(got[f"{name}..A"], shared[f"{name}..A"][:rank])
             assert torch.equal(got[f"{name}..B"], shared[f"{name}..B"][:, :rank])
@@ -292,8 +309,9 @@ def test_fedex_counts_factors_head_and_the_last_residual(network, downlink, part
         "algorithm.lora_ranks=[1,2]",
         "algorithm.full=[head,norm]",
     )
-    run = build_tiny(*common).run
-    shared, net = run.kinds[0].initial.shared, run.trainer.model
+    federation = build_tiny(*common).federation
+    first = federation.clients.types[0]
+    shared, net = first.initial.shared, first.trainer.model
     full = sum(
         numel({n: v}) for n, v in net.initial.items() if net.role(n) in ("head", "norm", "stats")
     )
@@ -303,7 +321,7 @@ def test_fedex_counts_factors_head_and_the_last_residual(network, downlink, part
         "factored": (cohort - 1) * 2 * sum(a + b for a, b in sides),
     }[downlink]
     for round_, moment in enumerate(run_rounds(*common)[0][1:]):
-        ranks = [1 + client % 2 for client in run.sample_cohort(round_)]
+        ranks = [1 + client % 2 for client in federation.cohorts.sample(round_).members]
         assert moment.row["clients"] == len(ranks) == cohort
         up = sum(full + sum(min(r, a, b) * (a + b) for a, b in sides) for r in ranks)
         assert moment.row["bytes_up"] == 4 * up
@@ -336,10 +354,8 @@ def test_what_a_plan_says_of_a_cohort_is_what_its_rounds_count(line, unmeasured)
 
 def most_up(common):
     """Numbers that a client sends that has all classes."""
-    run = build_tiny(*common).run
-    return numel(
-        {n: v for n, v in run.kinds[0].untrained_upload.items() if not n.startswith(".own.")}
-    )
+    upload = build_tiny(*common).federation.clients.types[0].untrained_upload
+    return numel({n: v for n, v in upload.message.items() if not n.startswith(".own.")})
 
 
 # FLoRA
@@ -375,18 +391,19 @@ def test_flora_adds_the_product_of_the_stacks_with_p_on_one_of_them(ranks):
 def test_flora_merges_what_a_client_alone_has_trained(ranks):
     algorithm = FLoRA(lora_ranks=ranks)
     (end,), shared = round_of(algorithm, beginning(algorithm), clients=(1,))
-    assert_near(dense_updates(shared), algorithm.for_client(1, 3).factor_products(end))
+    assert_near(dense_updates(shared), client_method(algorithm, 1).factor_products(end))
 
 
 def test_flora_has_one_scale_for_all_ranks():
     algorithm = FLoRA(lora_ranks=MIXED)
-    assert {algorithm.for_client(k, 3).s for k in range(3)} == {algorithm.s} == {16 / 3}
+    assert {client_method(algorithm, k).s for k in range(3)} == {algorithm.s} == {16 / 3}
 
 
 def test_every_round_of_flora_begins_with_new_factors():
     moments = run_rounds("algorithm=flora", *TRAINED, "algorithm.lora_ranks=[1,3]", "rounds=3")[0]
-    run = build_tiny("algorithm=flora", *TRAINED, "algorithm.lora_ranks=[1,3]").run
-    drawn = [[kind.algorithm.download(m.shared) for kind in run.kinds] for m in moments]
+    federation = build_tiny("algorithm=flora", *TRAINED, "algorithm.lora_ranks=[1,3]").federation
+    types = federation.clients.types
+    drawn = [[t.transport.download(m.shared) for t in types] for m in moments]
     names = list(dense_updates(moments[0].shared))
     for low, high in drawn:
         for name in names:
@@ -405,7 +422,8 @@ def test_every_round_of_flora_begins_with_new_factors():
 def test_the_new_factors_of_flora_are_kaiming_uniform():
     algorithm = FLoRA(lora_ranks=(24,))
     shared = algorithm.init(NET, rng(1, "init")).shared
-    draws = [algorithm.download(shared | {".fresh.": torch.tensor(float(at))}) for at in range(300)]
+    download = algorithm.transport(0, 1).download
+    draws = [download(shared | {".fresh.": torch.tensor(float(at))}) for at in range(300)]
     for name in dense_updates(shared):
         unit = torch.stack([draw[f"{name}..A"] for draw in draws])
         unit = unit * unit.shape[-1] ** 0.5
@@ -414,7 +432,8 @@ def test_the_new_factors_of_flora_are_kaiming_uniform():
 
 
 def test_other_seeds_draw_other_factors_for_flora():
-    first = [FLoRA().download(FLoRA().init(NET, rng(seed, "init")).shared) for seed in (1, 1, 2)]
+    algorithm, download = FLoRA(), FLoRA().transport(0, 1).download
+    first = [download(algorithm.init(NET, rng(seed, "init")).shared) for seed in (1, 1, 2)]
     factors = [{n: v for n, v in tree.items() if n.endswith(".A")} for tree in first]
     assert trees_equal(factors[0], factors[1]) and not any(
         torch.equal(v, factors[2][n]) for n, v in factors[0].items()
@@ -426,26 +445,26 @@ def test_the_model_of_a_flora_client_that_has_not_trained_is_the_servers():
     _, shared = round_of(algorithm, beginning(algorithm))
     weights = algorithm.client_model(NET, Variables(shared, {}))
     for client in range(3):
-        own = algorithm.for_client(client, 3)
-        assert_near(own.client_model(NET, Variables(own.download(shared), {})), weights)
+        transport = algorithm.transport(client, 3)
+        received = Variables(transport.download(shared), {})
+        assert_near(transport.method.client_model(NET, received), weights)
 
 
 @pytest.mark.parametrize("network", [thorough_param(NORM), "model.width=4"], ids=["norm", "cnn"])
 @pytest.mark.parametrize("ranks", [thorough_param("[2]"), "[1,2]", "[8]"])
 def test_flora_counts_its_factors_up_and_the_stack_of_the_last_round_down(network, ranks):
     common = ("algorithm=flora", network, *TRAINED, f"algorithm.lora_ranks={ranks}")
-    run = build_tiny(*common).run
-    net, sides = (
-        run.trainer.model,
-        [W.shape for W in dense_updates(run.kinds[0].initial.shared).values()],
-    )
+    federation = build_tiny(*common).federation
+    clients = federation.clients
+    net = clients.trainer.model
+    sides = [W.shape for W in dense_updates(clients.types[0].initial.shared).values()]
     full = sum(numel({n: v}) for n, v in net.initial.items() if net.role(n) == "head")
     last = 0
     for round_, moment in enumerate(run_rounds(*common)[0][1:]):
-        chosen = run.sample_cohort(round_)
+        chosen = federation.cohorts.sample(round_).members
 
         def rank(client):
-            return max(run.kinds[run.kind_of[client]].algorithm.lora_ranks)
+            return max(clients[client].algorithm.lora_ranks)
 
         stack = sum(sum(min(rank(c), a, b) for c in chosen) * (a + b) for a, b in sides)
         assert moment.row["bytes_up"] == 4 * (stack + full * len(chosen))
@@ -468,15 +487,9 @@ def test_where_all_clients_have_all_classes_fed_talora_is_fedex():
         assert (a.clients["accuracy"] == b.clients["accuracy"]).all()
 
 
-def by_classes(algorithm, shared, held, counts=COUNTS):
+def by_classes(algorithm, shared, held):
     """As ``round_of``, of clients that have the first ``held[k]`` classes."""
-    ends, parts = [], []
-    for client, classes in enumerate(held):
-        own, start, end = trained(algorithm, shared, client, counts, everything(classes))
-        parts.append(own.expand(own.upload(start, end), shared, counts[client]))
-        ends.append(end.shared)
-    mean = averaged(parts, counts)
-    return ends, algorithm.server_update({}, shared, mean, Cohort(1.0, sum(counts)))[1]
+    return round_of(algorithm, shared, held=held)
 
 
 def test_a_row_of_the_classifier_is_the_mean_of_those_who_have_the_class():
@@ -517,7 +530,8 @@ def test_a_client_trains_with_the_classes_seen_and_its_own():
     seen = torch.tensor([0, 0, 0, 0, 1.0, 0])
     shared |= {f".seen.{n}": seen for n in HEAD}
     own = everything(2)._replace(counts=torch.tensor([2.0, 1, 0, 0, 0, 0]))
-    start = algorithm.begin(NET, Variables(algorithm.download(shared), {}), own)
+    received = Variables(algorithm.transport(0, 1).download(shared), {})
+    start = start_variables(algorithm, NET, received, data=own)
     now = Variables({n: v.clone().requires_grad_(n in HEAD) for n, v in start.shared.items()}, {})
     x = torch.randn(9, 3, 7, 5, generator=rng(1, "x"))
     batch = own._replace(x=x, y=torch.arange(9) % 2)
@@ -551,20 +565,21 @@ def test_no_class_is_predicted_that_was_not_seen_once_there_are_any():
 
 def test_the_variables_of_fed_talora_do_not_grow_and_the_rows_that_travel_are_those_of_classes():
     algorithm = FedTaLoRA(lora_ranks=EQUAL, downlink="factored")
-    shared, row = (
-        beginning(algorithm),
-        sum(shape[1] if len(shape := NET.leaves[n].shape) > 1 else 1 for n in HEAD),
-    )
+    shared = beginning(algorithm)
+    server = algorithm.server(NET, shared)
+    row = sum(shape[1] if len(shape := NET.leaves[n].shape) > 1 else 1 for n in HEAD)
     factors = sum(2 * sum(W.shape) for W in dense_updates(shared).values())
-    before = numel(shared)
+    before = numel(shared), numel(server)
     for held, seen in (((1, 2, 2), 0), ((1, 1, 1), 2), ((0, 4, 1), 2), ((6, 0, 0), 4)):
         R = 2 * factors if seen else 0  # (k - 1) r (d_out + d_in), k = 3
-        assert int(algorithm.download_numel(shared)) == factors + seen * row + R
         for client, classes in enumerate(held):
-            own, start, end = trained(algorithm, shared, client, data=everything(classes))
-            assert int(own.upload_numel(start, end)) == factors + classes * row
-        _, shared = by_classes(algorithm, shared, held)
-        assert numel(shared) == before
+            transport, start, end = trained(algorithm, shared, client, data=everything(classes))
+            received = transport.download_numel(server, shared, 0)
+            assert int(received) == factors + seen * row + R
+            upload = transport.method.upload(start, end, 0)
+            assert int(upload.numel) == factors + classes * row
+        shared, server, _ = update_of(algorithm, shared, held=held)[1]
+        assert (numel(shared), numel(server)) == before
 
 
 def test_rounds_of_fed_talora_count_the_rows_of_own_and_of_seen_classes():
@@ -574,15 +589,16 @@ def test_rounds_of_fed_talora_count_the_rows_of_own_and_of_seen_classes():
         "data.partition={kind: pathological, clients: 7, train: 20, test: 10, classes_per_client: 2}",
     )
     parts = build_tiny(*common)
-    run, counts = parts.run, torch.from_numpy(parts.split.train_counts)
-    sides = [W.shape for W in dense_updates(run.kinds[0].initial.shared).values()]
+    federation, counts = parts.federation, torch.from_numpy(parts.split.train_counts)
+    initial = federation.clients.types[0].initial
+    sides = [W.shape for W in dense_updates(initial.shared).values()]
     factors, row, seen = (
         sum(2 * sum(side) for side in sides),
         8 + 1,
         torch.zeros(4, dtype=torch.bool),
     )
     for round_, moment in enumerate(run_rounds(*common)[0][1:]):
-        chosen = sorted(run.sample_cohort(round_))
+        chosen = sorted(federation.cohorts.sample(round_).members)
         held = counts[chosen] > 0
         assert moment.row["bytes_up"] == 4 * (len(chosen) * factors + held.sum() * row)
         R = sum(a * b for a, b in sides) if round_ else 0

@@ -260,7 +260,7 @@ def test_the_first_gradient_of_a_is_zero_and_that_of_b_is_not():
 @NETWORKS
 def test_a_tau_formed_once_gives_the_same_loss_and_gradient(network):
     made = small.make_trainer(FedLoRA(conv_rank=0.4), network)
-    v, (lowrank, full) = moving(made), made.algorithm.phases(made.model, made.settings, 0)
+    v, (lowrank, full) = moving(made), made.algorithm.local(made.model, made.settings, 0)
     assert lowrank.constant is None and (lowrank.epochs, full.epochs) == (2, 1)
     results = []
     for constant in ({}, full.constant(v)):
@@ -288,11 +288,16 @@ def test_a_tau_formed_once_gives_the_same_loss_and_gradient(network):
 @pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 def test_fedlora_without_lora_epochs_is_fedavg(network, stacked, participation):
     how = {"network": network, "stacked": stacked, "participation": participation}
-    run, state = small.make_experiment(FedLoRA(lora_epochs=0), **how)
-    plain_run, plain = small.make_experiment(FedAvg(weights="uniform", absent="stale"), **how)
+    federation, state = small.make_experiment(FedLoRA(lora_epochs=0), **how)
+    plain_federation, plain = small.make_experiment(
+        FedAvg(weights="uniform", absent="stale"), **how
+    )
     begin = small.clone_tree(state.personal)
     for _ in range(3):
-        state, plain = small.run_rounds(run, state, 1), small.run_rounds(plain_run, plain, 1)
+        state, plain = (
+            small.run_rounds(federation, state, 1),
+            small.run_rounds(plain_federation, plain, 1),
+        )
         assert small.trees_equal(state.shared, plain.shared)
     assert small.trees_equal(state.personal, begin)
     assert not any(v.any() for n, v in state.personal.items() if n.endswith(".B"))
@@ -302,22 +307,25 @@ def test_fedlora_without_lora_epochs_is_fedavg(network, stacked, participation):
 @NETWORKS
 def test_fedlora_with_lora_epochs_alone_is_isolation_when_statistics_stay_home(network, stacked):
     algorithm = FedLoRA(lora_epochs=3, bn_stats="local")
-    run, state = small.make_experiment(algorithm, network, stacked=stacked, group_size=1)
-    alone_run, alone = small.make_experiment(
+    federation, state = small.make_experiment(algorithm, network, stacked=stacked, group_size=1)
+    alone_federation, alone = small.make_experiment(
         algorithm, network, sizes=small.SIZES[:1], stacked=stacked
     )
     begin = small.clone_tree(state.shared)
-    state, alone = small.run_rounds(run, state, 2), small.run_rounds(alone_run, alone, 2)
+    state, alone = (
+        small.run_rounds(federation, state, 2),
+        small.run_rounds(alone_federation, alone, 2),
+    )
     assert small.trees_equal(state.shared, begin) and small.trees_equal(alone.shared, begin)
     assert small.trees_equal({n: v[:1] for n, v in state.personal.items()}, alone.personal)
     assert state.personal["fc.weight..B" if network == "bn_net" else "9.weight..B"].any()
 
 
 def test_averaged_statistics_end_the_isolation():
-    run, state = small.make_experiment(FedLoRA(lora_epochs=3), "bn_net")
+    federation, state = small.make_experiment(FedLoRA(lora_epochs=3), "bn_net")
     begin = small.clone_tree(state.shared)
-    state = small.run_rounds(run, state, 1)
-    role = run.trainer.model.role
+    state = small.run_rounds(federation, state, 1)
+    role = federation.clients.trainer.model.role
     moved = {role(n) for n, v in begin.items() if not torch.equal(v, state.shared[n])}
     assert moved == {"stats"}
 
@@ -371,11 +379,11 @@ def test_one_client_trains_as_alternating_torch_optimizers(stacked, rule):
             return 1 / int(0.4 * w.shape[0]) if w.dim() == 4 else 1 / 3
 
     settings = replace(small.TRAIN, weight_decay=0.01)
-    run, state = small.make_experiment(
+    federation, state = small.make_experiment(
         algorithm, "bn_net", sizes=(12,), train=settings, stacked=stacked
     )
-    sigma, factors = alternating(run.trainer, 2, scale)
-    state = small.run_rounds(run, state, 2)
+    sigma, factors = alternating(federation.clients.trainer, 2, scale)
+    state = small.run_rounds(federation, state, 2)
     small.assert_near(state.shared, sigma)
     small.assert_near({n: v[0] for n, v in state.personal.items()}, factors)
 
@@ -383,9 +391,12 @@ def test_one_client_trains_as_alternating_torch_optimizers(stacked, rule):
 @STACK_FIRST
 def test_identical_clients_keep_identical_parts_and_the_mean_is_theirs(stacked):
     how = {"same_sample": True, "stacked": stacked, "group_size": 1}
-    run, state = small.make_experiment(FedLoRA(), sizes=(6, 6, 6), **how)
-    alone_run, alone = small.make_experiment(FedLoRA(), sizes=(6,), **how)
-    state, alone = small.run_rounds(run, state, 2), small.run_rounds(alone_run, alone, 2)
+    federation, state = small.make_experiment(FedLoRA(), sizes=(6, 6, 6), **how)
+    alone_federation, alone = small.make_experiment(FedLoRA(), sizes=(6,), **how)
+    state, alone = (
+        small.run_rounds(federation, state, 2),
+        small.run_rounds(alone_federation, alone, 2),
+    )
     assert small.trees_equal(state.shared, alone.shared)
     for name, value in state.personal.items():
         assert (value == alone.personal[name]).all() and value.any(), name
@@ -422,7 +433,7 @@ def test_the_sigma_phase_leaves_the_factors(network, stacked):
 
 def test_simultaneous_training_moves_both_in_one_phase():
     made = small.make_trainer(FedLoRA(order="simultaneous", lora_epochs=9), "bn_net")
-    (phase,) = made.algorithm.phases(made.model, made.settings, 0)
+    (phase,) = made.algorithm.local(made.model, made.settings, 0)
     assert phase.epochs == 3 and phase.constant is None
     v = small.initial_variables(made)
     (done,) = made.train([0], v.shared, small.repeat_rows(v.personal, 1), 0)
@@ -434,36 +445,46 @@ def test_simultaneous_training_moves_both_in_one_phase():
     "fields", [{}, {"conv_rank": 0.2, "linear_rank": 1.0}, {"layers": ("fc.*",)}]
 )
 def test_the_upload_is_all_of_sigma_and_no_factor_whatever_the_ranks(fields):
-    run, state = small.make_experiment(FedLoRA(**fields), "bn_net")
-    assert {n: tuple(s) for n, s in run.upload_layout.shapes.items()} == {
-        n: leaf.shape for n, leaf in run.trainer.model.leaves.items()
+    federation, state = small.make_experiment(FedLoRA(**fields), "bn_net")
+    assert {n: tuple(s) for n, s in federation.aggregator.terms.flat.shapes.items()} == {
+        n: leaf.shape for n, leaf in federation.clients.trainer.model.leaves.items()
     }
-    assert all(map(is_not_factor, run.upload_layout.shapes)) and all(map(is_factor, state.personal))
-    _, row, _ = run_round(run, state, evaluate=False, stop=False)
-    assert row["bytes_up"] == row["bytes_down"] == 5 * 4 * numel(run.trainer.model.initial)
+    assert all(map(is_not_factor, federation.aggregator.terms.flat.shapes)) and all(
+        map(is_factor, state.personal)
+    )
+    _, row, _ = run_round(federation, state, evaluate=False, stop=False)
+    assert (
+        row["bytes_up"]
+        == row["bytes_down"]
+        == 5 * 4 * numel(federation.clients.trainer.model.initial)
+    )
 
 
 def test_statistics_kept_local_do_not_travel():
-    run, state = small.make_experiment(FedLoRA(bn_stats="local"), "bn_net")
-    model = run.trainer.model
-    assert {model.role(n) for n in run.upload_layout.shapes} == {"body", "head", "norm"}
+    federation, state = small.make_experiment(FedLoRA(bn_stats="local"), "bn_net")
+    model = federation.clients.trainer.model
+    assert {model.role(n) for n in federation.aggregator.terms.flat.shapes} == {
+        "body",
+        "head",
+        "norm",
+    }
     stats = {n for n in model.initial if model.role(n) == "stats"}
     assert {n for n in state.personal if not is_factor(n)} == stats and len(stats) == 12
-    state = small.run_rounds(run, state, 1)
+    state = small.run_rounds(federation, state, 1)
     assert all((state.personal[n][0] != state.personal[n][1]).any() for n in stats)
 
 
 def test_local_lora_shares_nothing_and_fedavg_lora_everything():
-    run, state = small.make_experiment(LocalLoRA())
-    assert run.upload_layout.size == 0 and not state.shared
-    _, row, _ = run_round(run, state, evaluate=True, stop=False)
+    federation, state = small.make_experiment(LocalLoRA())
+    assert federation.aggregator.terms.flat.size == 0 and not state.shared
+    _, row, _ = run_round(federation, state, evaluate=True, stop=False)
     assert row["bytes_up"] == row["bytes_down"] == 0
-    run, state = small.make_experiment(FedAvgLoRA())
-    assert not state.personal and set(run.upload_layout.shapes) == set(state.shared)
-    assert numel(state.shared) == numel(run.trainer.model.initial) + numel(
-        LowRank().factors(run.trainer.model, rng(1))
+    federation, state = small.make_experiment(FedAvgLoRA())
+    assert not state.personal and set(federation.aggregator.terms.flat.shapes) == set(state.shared)
+    assert numel(state.shared) == numel(federation.clients.trainer.model.initial) + numel(
+        LowRank().factors(federation.clients.trainer.model, rng(1))
     )
-    after = small.run_rounds(run, state, 2)
+    after = small.run_rounds(federation, state, 2)
     assert not any(torch.equal(after.shared[n], v) for n, v in state.shared.items())
 
 
@@ -477,9 +498,12 @@ def test_of_one_client_both_controls_are_fedlora():
 
 
 def test_local_lora_without_lora_epochs_is_local():
-    run, state = small.make_experiment(LocalLoRA(lora_epochs=0), "bn_net")
-    plain_run, plain = small.make_experiment(Local(), "bn_net")
-    state, plain = small.run_rounds(run, state, 2), small.run_rounds(plain_run, plain, 2)
+    federation, state = small.make_experiment(LocalLoRA(lora_epochs=0), "bn_net")
+    plain_federation, plain = small.make_experiment(Local(), "bn_net")
+    state, plain = (
+        small.run_rounds(federation, state, 2),
+        small.run_rounds(plain_federation, plain, 2),
+    )
     assert small.trees_equal(split(state.personal, is_not_factor)[0], plain.personal)
 
 
@@ -488,13 +512,15 @@ def test_local_lora_without_lora_epochs_is_local():
 
 @pytest.mark.parametrize("algorithm", [FedLoRA(), FedAvg(), FedAvg(weights="uniform")])
 def test_the_next_sigma_is_the_exact_mean_of_the_uploads(algorithm):
-    run, state = small.make_experiment(algorithm, "bn_net")
+    federation, state = small.make_experiment(algorithm, "bn_net")
     trained = list(
-        run.trainer.train(run.groups[0], state.shared, small.clone_tree(state.personal), 0)
+        federation.clients.trainer.train(
+            federation.placement.groups[0], state.shared, small.clone_tree(state.personal), 0
+        )
     )
-    weights = [run.weight_N[done.client] for done in trained]
+    weights = [federation.clients.weights[done.client] for done in trained]
     assert weights == ([1] * 5 if algorithm.weights == "uniform" else list(small.SIZES))
-    after = small.run_rounds(run, state, 1)
+    after = small.run_rounds(federation, state, 1)
     for name, value in after.shared.items():
         uploads = torch.stack(
             [done.end.shared[name].double() * w for done, w in zip(trained, weights, strict=True)]
@@ -505,9 +531,11 @@ def test_the_next_sigma_is_the_exact_mean_of_the_uploads(algorithm):
 def test_stale_absence_is_a_damped_step_of_exclusion():
     outcomes = {}
     for absent in ("exclude", "stale"):
-        run, state = small.make_experiment(FedLoRA(absent=absent), "bn_net", participation=0.6)
-        assert len(run.sample_cohort(0)) == 3
-        outcomes[absent] = small.run_rounds(run, state, 1)
+        federation, state = small.make_experiment(
+            FedLoRA(absent=absent), "bn_net", participation=0.6
+        )
+        assert len(federation.cohorts.sample(0).members) == 3
+        outcomes[absent] = small.run_rounds(federation, state, 1)
     damped = {n: w + 3 / 5 * (outcomes["exclude"].shared[n] - w) for n, w in state.shared.items()}
     small.assert_near(outcomes["stale"].shared, damped, rtol=1e-6)
     assert small.trees_equal(outcomes["stale"].personal, outcomes["exclude"].personal)
@@ -521,27 +549,31 @@ def test_fedlora_counts_absent_clients_by_default():
 @STACK_FIRST
 @pytest.mark.parametrize("lora_epochs", [0, 2])
 def test_personal_parts_move_for_participants_with_lora_epochs_alone(stacked, lora_epochs):
-    run, state = small.make_experiment(
+    federation, state = small.make_experiment(
         FedLoRA(lora_epochs=lora_epochs), participation=0.6, stacked=stacked, group_size=2
     )
-    before, chosen = small.clone_tree(state.personal), run.sample_cohort(0)
-    state = small.run_rounds(run, state, 1)
+    before, chosen = small.clone_tree(state.personal), federation.cohorts.sample(0).members
+    state = small.run_rounds(federation, state, 1)
     moved = {
         client
-        for row, client in enumerate(run.local_clients)
+        for row, client in enumerate(federation.placement.local_clients)
         if any((state.personal[n][row] != v[row]).any() for n, v in before.items())
     }
     assert 0 < len(chosen) < 5 and moved == (chosen if lora_epochs else set())
 
 
 def test_evaluation_is_of_the_new_sigma_with_each_clients_own_part():
-    run, state = small.make_experiment(FedLoRA(), "bn_net")
-    state, row, clients = run_round(run, state, evaluate=True, stop=False)
-    model = run.trainer.model.eval_mode()
-    for row_, client in enumerate(run.local_clients):
+    federation, state = small.make_experiment(FedLoRA(), "bn_net")
+    state, row, clients = run_round(federation, state, evaluate=True, stop=False)
+    model = federation.clients.trainer.model.eval_mode()
+    for row_, client in enumerate(federation.placement.local_clients):
         v = Variables(state.shared, {n: value[row_] for n, value in state.personal.items()})
-        tests = run.trainer.feed.test_batch([client], 0, run.trainer.feed.test_size(client))
-        logits = model(run.algorithm.client_model(run.trainer.model, v), tests.x[0])
+        tests = federation.clients.trainer.feed.test_batch(
+            [client], 0, federation.clients.trainer.feed.test_size(client)
+        )
+        logits = model(
+            federation.algorithm.client_model(federation.clients.trainer.model, v), tests.x[0]
+        )
         assert clients["accuracy"][client] == pytest.approx(
             (logits.argmax(1) == tests.y[0]).double().mean().item()
         )
@@ -556,9 +588,9 @@ def test_evaluation_is_of_the_new_sigma_with_each_clients_own_part():
 
 
 def test_a_client_that_diverges_is_named():
-    run, state = small.make_experiment(
+    federation, state = small.make_experiment(
         FedLoRA(), participation=0.6, train=replace(small.TRAIN, lr=1e30)
     )
-    ids = ", ".join(map(str, sorted(run.sample_cohort(0))))
+    ids = ", ".join(map(str, sorted(federation.cohorts.sample(0).members)))
     with pytest.raises(Fault, match=f"round 1: the loss or upload of client {ids} is not finite"):
-        run_round(run, state, evaluate=False, stop=False)
+        run_round(federation, state, evaluate=False, stop=False)

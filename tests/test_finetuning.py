@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from aggregates import svd
+from finetuned import aggregate_terms
 from runs import NORM, TINY, build_tiny, run_on_ranks, run_rounds, snapshots_equal
 from tiers import thorough_param
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.aggregation.svd import right_vectors
-from fedlora_mpi.algorithm import Cohort
+from fedlora_mpi.algorithm import Update, Upload
 from fedlora_mpi.algorithms.fedhl import FedHL
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.algorithms.flexlora import FlexLoRA
@@ -46,17 +48,7 @@ def shared_of(algorithm, server=True, rank=None):
         }
     if isinstance(algorithm, FedIT):
         return tree
-    return handed_out(algorithm, tree)
-
-
-def handed_out(algorithm, shared):
-    return algorithm.handed_out(
-        shared,
-        {
-            n: right_singular_vectors(W, rows)
-            for n, (W, rows) in algorithm.decomposed(shared).items()
-        },
-    )
+    return algorithm.redistribute(tree, svd)
 
 
 def trained(download, seed, far=0.1):
@@ -64,25 +56,33 @@ def trained(download, seed, far=0.1):
     return {n: v + far * matrix(seed + i, *v.shape) for i, (n, v) in enumerate(download.items())}
 
 
-def next_round(algorithm, shared, far=0.1, counts=COUNTS):
-    """(shared after the round, {client: its uploads}) of three clients of the ranks of
+def next_update(algorithm, shared, far=0.1, counts=COUNTS) -> tuple[Update, dict]:
+    """(the server's update, {client: its uploads}) of a round of three clients of the ranks of
     ``algorithm``.
     """
-    uploads, total = {}, sum(counts)
-    mean: dict = {}
+    uploads, terms = {}, []
     for client, count in enumerate(counts):
-        own = algorithm.for_client(client, len(counts))
-        uploads[client] = trained(own.download(shared), 100 * client, far)
-        for n, v in own.expand(uploads[client], shared, count).items():
-            mean[n] = mean.get(n, 0) + count / total * v
-    _, new = algorithm.server_update({}, shared, mean, Cohort(1.0, total))
-    return (handed_out(algorithm, new) if algorithm.decomposed(new) else new), uploads
+        transport = algorithm.transport(client, len(counts))
+        uploads[client] = trained(transport.download(shared), 100 * client, far)
+        terms.append(transport.expand(Upload(uploads[client]), shared, count))
+    return algorithm.server_update({}, shared, aggregate_terms(terms, counts, shared), svd), uploads
+
+
+def next_round(algorithm, shared, far=0.1, counts=COUNTS):
+    """(shared after that round, {client: its uploads})."""
+    update, uploads = next_update(algorithm, shared, far, counts)
+    return update.shared, uploads
+
+
+def client_method(algorithm, client, clients=3):
+    """The method as one of so many clients has it."""
+    return algorithm.transport(client, clients).method
 
 
 def products(algorithm, uploads):
     """{client: {weight: s B A}}"""
     return {
-        c: algorithm.for_client(c, len(uploads)).factor_products(upload)
+        c: client_method(algorithm, c, len(uploads)).factor_products(upload)
         for c, upload in uploads.items()
     }
 
@@ -95,7 +95,7 @@ def near(a, b, atol=1e-12):
 
 
 def test_a_list_of_ranks_goes_round():
-    assert [FedIT(lora_ranks=RANKS).for_client(k, 5).lora_ranks for k in range(5)] == [
+    assert [client_method(FedIT(lora_ranks=RANKS), k, 5).lora_ranks for k in range(5)] == [
         (1,),
         (2,),
         (4,),
@@ -106,19 +106,19 @@ def test_a_list_of_ranks_goes_round():
 
 def test_shares_of_ranks_are_those_of_the_clients():
     method = FedIT(lora_ranks=(8, 4, 1), rank_shares=(0.2, 0.3, 0.5))
-    ranks = [method.for_client(k, 10).lora_ranks[0] for k in range(10)]
+    ranks = [client_method(method, k, 10).lora_ranks[0] for k in range(10)]
     assert ranks == [8] * 2 + [4] * 3 + [1] * 5
 
 
 def test_a_rank_follows_the_capacity_but_is_at_least_1():
     method = FedIT(lora_ranks=(10,), capacities=(2.0, 1.0, 0.1))
-    assert [method.for_client(k, 4).lora_ranks[0] for k in range(4)] == [10, 5, 1, 10]
+    assert [client_method(method, k, 4).lora_ranks[0] for k in range(4)] == [10, 5, 1, 10]
 
 
 @pytest.mark.parametrize("method", [FedIT, FlexLoRA, FedHL])
 @pytest.mark.parametrize("scale", ["common", "root"])
 def test_the_scale_is_alpha_by_the_rank(method, scale):
-    clients = [method(lora_ranks=RANKS, alpha=8.0, scale=scale).for_client(k, 3) for k in range(3)]
+    clients = [client_method(method(lora_ranks=RANKS, alpha=8.0, scale=scale), k) for k in range(3)]
     over = {"common": [4.0] * 3, "root": [2.0] * 3 if method is FedIT else [1.0, 2**0.5, 2.0]}[
         scale
     ]
@@ -126,7 +126,7 @@ def test_the_scale_is_alpha_by_the_rank(method, scale):
 
 
 def test_by_default_products_are_scaled_by_each_rank():
-    assert [FedHL(lora_ranks=RANKS, alpha=8.0).for_client(k, 3).s for k in range(3)] == [8, 4, 2]
+    assert [client_method(FedHL(lora_ranks=RANKS, alpha=8.0), k).s for k in range(3)] == [8, 4, 2]
 
 
 @pytest.mark.parametrize(
@@ -212,8 +212,8 @@ def test_the_mean_of_products_is_not_the_product_of_means():
     """sum p B A - (sum p B)(sum p A) = sum p (B_k - B)(A_k - A), what ``lora_bias`` measures."""
     method = FedIT(lora_ranks=(2,), alpha=2.0, diagnose=True)
     shared = shared_of(method)
-    new, uploads = next_round(method, shared)
-    square = 0.0
+    update, uploads = next_update(method, shared)
+    new, figures, square = update.shared, update.metrics, 0.0
     for name in SIDES:
         A, B = new[f"{name}..A"], new[f"{name}..B"]
         p = [count / 100 for count in COUNTS]
@@ -222,11 +222,10 @@ def test_the_mean_of_products_is_not_the_product_of_means():
             for w, u in zip(p, uploads.values(), strict=True)
         )
         square += gap.square().sum()
-    near(new[".told.lora_bias"], square.sqrt(), atol=1e-10)
-    near(new[".told.lora_update_bias"], square.sqrt(), atol=1e-10)
-    assert new[".told.lora_truncation"] == 0
-    told = method.server_metrics(new, 3)
-    assert told["effective_clients"] == pytest.approx(
+    assert figures["lora_bias"] == pytest.approx(float(square.sqrt()), rel=0, abs=1e-10)
+    assert figures["lora_update_bias"] == pytest.approx(float(square.sqrt()), rel=0, abs=1e-10)
+    assert figures["lora_truncation"] == 0
+    assert figures["effective_clients"] == pytest.approx(
         1 / sum((count / 100) ** 2 for count in COUNTS)
     )
 
@@ -246,8 +245,8 @@ def test_a_client_gets_the_best_approximation_of_its_rank():
     method = FlexLoRA(lora_ranks=RANKS)
     shared = shared_of(method)
     for client, r in enumerate(RANKS):
-        own = method.for_client(client, 3)
-        arrived = own.download(shared)
+        transport = method.transport(client, 3)
+        own, arrived = transport.method, transport.download(shared)
         assert not any(n.endswith(".W") for n in arrived)
         for name, product in own.factor_products(arrived).items():
             U, S, V = torch.linalg.svd(shared[f"{name}..W"], full_matrices=False)
@@ -295,7 +294,7 @@ def test_fedhl_is_its_mean_of_products_plus_what_truncation_took(mode):
         W, got = (
             shared[f"{name}..W"],
             [
-                method.for_client(k, 3).delta(method.for_client(k, 3).download(shared))[name]
+                client_method(method, k).delta(method.transport(k, 3).download(shared))[name]
                 for k in range(3)
             ],
         )
@@ -309,7 +308,7 @@ def test_fedhl_is_its_mean_of_products_plus_what_truncation_took(mode):
 def weights(method, shared, uploads, counts=COUNTS):
     """p_k of the first layer."""
     found = [
-        method.for_client(k, 3).term_weights(uploads[k], shared, count)["u"]
+        method.transport(k, 3).expand(Upload(uploads[k]), shared, count).weights["u..W"]
         for k, count in enumerate(counts)
     ]
     return [float(w / sum(found)) for w in found]
@@ -378,12 +377,11 @@ def test_what_truncation_takes_falls_with_the_rank_and_is_that_of_the_matrices()
 def test_the_diagnosis_of_fedhl_is_what_it_says():
     method = FedHL(lora_ranks=RANKS, diagnose=True, weight_mode="samples")
     shared = shared_of(method)
-    new, uploads = next_round(method, shared)
-    assert float(new[".told.lora_truncation"]) == pytest.approx(
-        sum(lost(shared, r) for r in RANKS) / 3
-    )
+    update, uploads = next_update(method, shared)
+    new, figures = update.shared, update.metrics
+    assert figures["lora_truncation"] == pytest.approx(sum(lost(shared, r) for r in RANKS) / 3)
     # its update is the mean of theirs
-    assert float(new[".told.lora_update_bias"]) == pytest.approx(0, abs=1e-10)
+    assert figures["lora_update_bias"] == pytest.approx(0, abs=1e-10)
     made, square = products(method, uploads), 0.0
     for name in SIDES:
         square += (
@@ -391,11 +389,9 @@ def test_the_diagnosis_of_fedhl_is_what_it_says():
             .square()
             .sum()
         )
-    near(new[".told.lora_bias"], square.sqrt(), atol=1e-10)
-    uniform = replace(method, weight_mode="uniform")
-    assert uniform.server_metrics(next_round(uniform, shared)[0], 3)[
-        "effective_clients"
-    ] == pytest.approx(3)
+    assert figures["lora_bias"] == pytest.approx(float(square.sqrt()), rel=0, abs=1e-10)
+    uniform = next_update(replace(method, weight_mode="uniform"), shared)[0].metrics
+    assert uniform["effective_clients"] == pytest.approx(3)
 
 
 def test_the_weights_of_round_1_are_uniform_and_every_b_has_a_gradient():
@@ -441,8 +437,8 @@ def test_gathered_uploads_give_the_bits_of_summed_ones(name, ranks):
 def test_the_uplink_is_what_moves_fewer_bytes():
     few = build_tiny("algorithm=fedhl", NORM, "algorithm.lora_ranks=[1]", "algorithm.full=[]")
     many = build_tiny("algorithm=fedhl", NORM, "algorithm.lora_ranks=[4]", "reduce=fast")
-    assert few.run.gather_uploads and not many.run.gather_uploads
-    assert not build_tiny("algorithm=fedavg", NORM).run.gather_uploads
+    assert few.federation.aggregator.gathers and not many.federation.aggregator.gathers
+    assert not build_tiny("algorithm=fedavg", NORM).federation.aggregator.gathers
 
 
 def test_a_client_pays_for_its_own_rank():
@@ -453,7 +449,8 @@ def test_a_client_pays_for_its_own_rank():
     conv, head = (4 * 3) + (1 * 3), 4 * 16 * 4 + 4  # sides of conv.weight [4, 1, 3, 3]; the head
     for round_, moment in enumerate(moments[1:]):
         numbers = sum(
-            min((1, 2, 4)[c % 3], 3) * conv + head for c in parts.run.sample_cohort(round_)
+            min((1, 2, 4)[c % 3], 3) * conv + head
+            for c in parts.federation.cohorts.sample(round_).members
         )
         assert moment.row["bytes_up"] == moment.row["bytes_down"] == 4 * numbers
 

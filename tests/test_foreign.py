@@ -2,7 +2,9 @@
 generators.
 """
 
+import inspect
 import random
+import re
 import sys
 
 import numpy as np
@@ -11,7 +13,8 @@ import torch
 from runs import TINY, command_line, package_lines, run_process
 
 import fedlora_mpi
-from fedlora_mpi.algorithm import FORMER_HOOKS
+from fedlora_mpi.algorithm import FORMER_HOOKS, HOOKS, Algorithm
+from fedlora_mpi.algorithms import find_algorithm
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.cli import main
 from fedlora_mpi.core import user_code as foreign
@@ -182,23 +185,115 @@ def test_a_method_may_import_from_the_documented_places(module, tmp_path, import
     assert foreign.import_object("my_method:Mine").__module__ == "my_method"
 
 
+PAGE = "docs/add_a_method.md has all hooks"
+
+
 @pytest.mark.parametrize("former", FORMER_HOOKS)
-@pytest.mark.parametrize("where", ["Mine(Algorithm)", "Mine(Mixin, Algorithm)"])
-def test_a_former_hook_is_refused_with_its_new_name(module, tmp_path, former, where):
-    base = "" if where == "Mine(Algorithm)" else f"class Mixin:\n    {former} = 1\n"
-    body = "pass" if base else f"{former} = 1"
+@pytest.mark.parametrize("where", ["Mine(Algorithm)", "Mine(Mixin, Algorithm)", "Mine(FedAvg)"])
+def test_a_former_hook_is_refused_with_what_replaces_it(module, former, where):
+    base = f"class Mixin:\n    def {former}(self): ...\n" if "Mixin" in where else ""
+    body = "pass" if base else f"def {former}(self, *given): ..."
+    imports = (
+        "from fedlora_mpi import Algorithm\nfrom fedlora_mpi.algorithms.fedavg import FedAvg\n"
+    )
+    module("my_method", f"{imports}{base}class {where}:\n    {body}\n")
+    with pytest.raises(ValueError) as error:
+        foreign.import_object("my_method:Mine")
+    assert str(error.value) == f"Mine.{former}: replaced by {FORMER_HOOKS[former]}; {PAGE}"
+    assert "\n" not in str(error.value)
+
+
+def test_a_field_may_have_the_name_of_a_former_hook_but_not_of_a_former_flag(module):
+    text = (
+        "from dataclasses import dataclass\nfrom fedlora_mpi import Algorithm\n"
+        "@dataclass(frozen=True)\nclass Mine(Algorithm):\n    {}: int = 4\n"
+    )
+    module("my_method", text.format("low_rank"))
+    assert foreign.import_object("my_method:Mine")().low_rank == 4
+    module("other_method", text.format("sums"))
+    with pytest.raises(ValueError, match=r"Mine\.sums: replaced by upload"):
+        foreign.import_object("other_method:Mine")
+
+
+def test_the_class_of_a_former_argument_names_what_replaces_it(module):
+    module("my_method", "from fedlora_mpi.algorithm import Algorithm, Cohort\n")
+    with pytest.raises(ValueError, match="Cohort: server_update receives an Aggregate now"):
+        find_algorithm("my_method:Mine")
+
+
+def test_the_replacements_of_former_hooks_are_what_the_contract_has():
+    for replacement in set(FORMER_HOOKS.values()):
+        for hook, parameters in re.findall(r"\b(\w+)\(([\w, ]+)\)", replacement):
+            if hook in HOOKS:
+                taken = [*inspect.signature(getattr(Algorithm, hook)).parameters]
+                assert taken == ["self", *parameters.split(", ")], hook
+
+
+# {hook: parameters that it does not take, those that it takes}
+WRONG_SIGNATURES = {
+    "upload": ("start, end", "start, end, round_"),
+    "server_update": ("server, shared, mean, cohort", "server, shared, aggregate, svd"),
+    "personalize": ("model, train", "model, train, round_"),
+    "check": ("model", "model, train"),
+    "init": ("model", "model, rng"),
+    "local": ("model, train", "model, train, round_"),
+    "loss": ("model, train", "model"),
+    "transport": ("client", "client, clients"),
+    "server": ("shared", "model, shared"),
+    "mix": ("gram, extra", "gram, extra, round_"),
+    "client_model": ("v", "model, v"),
+    "logits": ("model, v", "model, v, x"),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_with_other_parameters_is_refused_with_those_it_must_take(module, hook):
+    given, taken = WRONG_SIGNATURES[hook]
+    text = "from fedlora_mpi import Algorithm\nclass Mine(Algorithm):\n    def {}(self, {}): ...\n"
+    module("my_method", text.format(hook, given))
+    with pytest.raises(ValueError) as error:
+        foreign.import_object("my_method:Mine")
+    assert str(error.value) == f"Mine.{hook}({given}): must take ({taken}); {PAGE}"
+    module("my_method", text.format(hook, taken))
+    assert foreign.import_object("my_method:Mine").__name__ == "Mine"
+
+
+@pytest.mark.parametrize("given", ["server, shared, mean, cohort", "server, shared, mean, svd"])
+def test_an_update_from_the_mean_alone_is_refused(module, given):
     module(
         "my_method",
-        f"from fedlora_mpi import Algorithm\n{base}class {where}:\n    {body}\n",
+        "from fedlora_mpi import Algorithm\nclass Mine(Algorithm):\n"
+        f"    def server_update(self, {given}):\n        return server, mean\n",
     )
-    message = f"^Mine.{former}: this hook is called {FORMER_HOOKS[former]} now; rename it"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"must take \(server, shared, aggregate, svd\)"):
         foreign.import_object("my_method:Mine")
 
 
-def test_a_call_of_a_former_hook_names_the_new_one():
-    with pytest.raises(AttributeError, match="weights_of; it is called client_model now$"):
-        FedAvg().weights_of
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("def phases(self, model, train, round_): ...", "Mine.phases: replaced by local(model, "),
+        ("needs_all_data = True", "Mine.needs_all_data: replaced by Visit(apply, all_data=True)"),
+        (
+            "def server_update(self, server, shared, mean, cohort): ...",
+            "Mine.server_update(server, shared, mean, cohort): must take (server, shared, ",
+        ),
+    ],
+)
+def test_a_command_refuses_a_former_method_in_one_line(module, capsys, tmp_path, line, told):
+    module("my_method", f"from fedlora_mpi import Algorithm\nclass Mine(Algorithm):\n    {line}\n")
+    assert main(["run", str(TINY), "algorithm=my_method:Mine", "output=out"]) == 2
+    (said,) = package_lines(capsys.readouterr().err)
+    assert "algorithm.name = my_method:Mine: cannot be " in said and told in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("former", FORMER_HOOKS)
+def test_a_call_of_a_former_hook_names_what_replaces_it(former):
+    with pytest.raises(AttributeError) as error:
+        getattr(FedAvg(), former)
+    told = f"FedAvg has no attribute {former}; instead there is {FORMER_HOOKS[former]}"
+    assert str(error.value) == told
 
 
 def test_the_face_of_the_package_has_what_it_names():

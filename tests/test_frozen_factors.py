@@ -5,12 +5,15 @@ from dataclasses import dataclass, replace
 import pytest
 import small
 import torch
+from aggregates import svd
 from finetuned import (
     COUNTS,
     MIXED,
     RANKS,
+    aggregate_terms,
     assert_trees_near,
     client_methods,
+    client_transports,
     field_names,
     float64_trainer,
     gaussian_tensor,
@@ -22,7 +25,7 @@ from runs import NORM, build_tiny, run_rounds, snapshots_equal, trees_equal
 from tiers import thorough_param
 from torch.func import functional_call
 
-from fedlora_mpi.algorithm import Cohort, LocalTraining, Phase, Step
+from fedlora_mpi.algorithm import LocalTraining, Phase, Step
 from fedlora_mpi.algorithms.fed_rac_lora import FedRACLoRA
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.algorithms.ffa_lora import FFALoRA
@@ -48,9 +51,10 @@ def rounds_of(algorithm, network="cnn", rounds=3):
     for round_ in range(rounds):
         ends = [
             trained_variables(c, model, shared, round_, address=10 * round_ + k)
-            for k, c in enumerate(client_methods(algorithm))
+            for k, c in enumerate(client_transports(algorithm))
         ]
-        found.append((shared, ends, after := next_shared(algorithm, shared, ends)))
+        after = next_shared(algorithm, shared, ends, round_=round_)
+        found.append((shared, ends, after))
         shared = after
     return found
 
@@ -92,8 +96,8 @@ def test_uploads_have_one_layout_in_all_rounds_and_only_what_ever_trains(algorit
     }
     for client in client_methods(algorithm):
         layouts = [
-            {n: v.shape for n, v in client.upload(*ends[0]).items()}
-            for _, ends, _ in rounds_of(client)
+            {n: v.shape for n, v in client.upload(*ends[0], round_).message.items()}
+            for round_, (_, ends, _) in enumerate(rounds_of(client))
         ]
         assert layouts[0] == layouts[1] == layouts[2] and layouts[0].keys() == ever
 
@@ -108,9 +112,11 @@ def test_the_factor_that_does_not_train_keeps_its_bits_on_server_and_clients(nam
         before, after = moments[round_].shared, moments[round_ + 1].shared
         still = {n for n in before if n[-2:] in {".A", ".B"} - {f".{letter}"}}
         assert len(still) == 3
-        for kind, clients_ in zip(parts.run.kinds, parts.run.local_clients_by_kind, strict=True):
-            arrived = kind.algorithm.download(before)
-            for done in kind.trainer.train(clients_, before, {}, round_):
+        types = parts.federation.clients.types
+        members_by_type = parts.federation.placement.local_clients_by_type
+        for client_type, members in zip(types, members_by_type, strict=True):
+            arrived = client_type.transport.download(before)
+            for done in client_type.trainer.train(members, before, {}, round_):
                 assert all(torch.equal(done.end.shared[n], arrived[n]) for n in still)
                 assert not any(
                     torch.equal(v, arrived[n])
@@ -122,7 +128,6 @@ def test_the_factor_that_does_not_train_keeps_its_bits_on_server_and_clients(nam
             assert not any(
                 torch.equal(before[n], after[n]) for n in before if n.endswith(f".{letter}")
             )
-        assert after[".turn.round"] == round_ + 1
 
 
 @NAMES
@@ -133,10 +138,10 @@ def test_what_a_client_sends_and_receives_is_the_active_factor_and_the_head(name
     )
     # [out side, in side]
     weights = {"0.weight": (12, 3), "3.weight": (24, 12), "7.weight": (8, 32)}
-    assert parts.config.algorithm.adapted_shapes(parts.run.trainer.model) == weights
+    assert parts.config.algorithm.adapted_shapes(parts.federation.clients.trainer.model) == weights
     side, head = {"B": 12 + 24 + 8, "A": 3 + 12 + 32}, 4 * 8 + 4
     for round_, letter in enumerate(WHO[name]):
-        ranks = [RANKS[client % 3] for client in parts.run.sample_cohort(round_)]
+        ranks = [RANKS[client % 3] for client in parts.federation.cohorts.sample(round_).members]
         row = moments[round_ + 1].row
         assert row["bytes_up"] == 4 * sum(head + r * side[letter] for r in ranks)
         last = side[WHO[name][round_ - 1]] if round_ else 0
@@ -152,7 +157,7 @@ def test_a_layer_of_fewer_sides_than_the_rank_is_counted_by_its_components(name)
         run_rounds(f"algorithm={name}", CNN, *many)[0][1].row,
     )
     assert row["bytes_up"] == 4 * 4 * (36 + 3 * 12 + 12 * 24 + 8 * 8)
-    first = parts.run.kinds[0].initial.shared
+    first = parts.federation.clients.types[0].initial.shared
     assert [tuple(first[f"{n}..A"].shape) for n in ("0.weight", "3.weight", "7.weight")] == [
         (3, 3),
         (12, 12),
@@ -189,7 +194,7 @@ def test_the_log_has_no_bias(name):
 class OnlyB(FedIT):
     """FedIT with A held still."""
 
-    def phases(self, model, train, round_):
+    def local(self, model, train, round_):
         return (
             Phase(
                 train.epochs,
@@ -210,7 +215,7 @@ def test_ffa_is_fedit_with_a_held_still_among_clients_of_one_rank(model):
         run_rounds(f"algorithm={n}", *common)[0] for n in ("ffa_lora", "test_frozen_factors:OnlyB")
     )
     for a, b in zip(ffa, fedit, strict=True):
-        assert trees_equal({n: v for n, v in a.shared.items() if n != ".turn.round"}, b.shared)
+        assert trees_equal(a.shared, b.shared)
     # zeros enter its mean of A
     mixed = run_rounds("algorithm=test_frozen_factors:OnlyB", model, *MIXED)[0]
     assert not any(
@@ -273,7 +278,7 @@ def test_all_clients_have_the_first_components_of_one_sketch_which_changes_with_
         assert not torch.isin(layers[1].flatten()[:20], layers[2]).any()
         shared, _, _ = rounds_of(algorithm)[0]
         again, other = (
-            algorithm.start_factors(shared | {".turn.seed": shared[".turn.seed"] + k})
+            algorithm.start_factors(shared | {".turn.seed": shared[".turn.seed"] + k}, 0)
             for k in (0, 1)
         )
         assert trees_equal(again, {n: shared[n] for n in again}) and not any(
@@ -383,10 +388,9 @@ def test_a_step_on_the_whole_batch_is_one_of_the_full_gradient_in_the_space_of_t
         for n in algorithm.adapted_shapes(made.model)
     }
     (done,) = made.train([0], shared, {}, 0)
-    upload = algorithm.upload(done.start, done.end)
-    after = algorithm.server_update(
-        {}, shared, algorithm.expand(upload, shared, 11), Cohort(1.0, 11)
-    )[1]
+    term = algorithm.transport(0, 1).expand(algorithm.upload(done.start, done.end, 0), shared, 11)
+    aggregate = aggregate_terms([term], [11], shared)
+    after = algorithm.server_update({}, shared, aggregate, svd).shared
     for name, gradient in full_gradient(made, algorithm, shared, 0).items():
         S = shared[f"{name}..{factor}"]
         projected = S @ S.T @ gradient if factor == "B" else gradient @ S.T @ S
@@ -406,14 +410,15 @@ def test_the_dense_update_does_not_train_nor_decay_nor_travel():
         2
     ].shared
     assert all(v.abs().max() > 0.01 for n, v in before.items() if n.endswith(".W"))
-    kind = parts.run.kinds[0]
-    for done in kind.trainer.train(parts.run.local_clients_by_kind[0], before, {}, 2):
+    first = parts.federation.clients.types[0]
+    members = parts.federation.placement.local_clients_by_type[0]
+    for done in first.trainer.train(members, before, {}, 2):
         assert all(
             torch.equal(done.end.shared[n], v) for n, v in before.items() if n.endswith(".W")
         )
         assert not any(
             n.endswith(".W") or n.startswith(".turn.")
-            for n in kind.algorithm.upload(done.start, done.end)
+            for n in first.algorithm.upload(done.start, done.end, 2).message
         )
 
 
@@ -422,8 +427,8 @@ def test_between_rounds_all_clients_have_the_servers_model():
     model, first = init_variables(algorithm)
     *_, (_, _, after) = rounds_of(algorithm)
     own = [
-        c.client_model(model, first._replace(shared=c.download(after)))
-        for c in client_methods(algorithm)
+        c.method.client_model(model, first._replace(shared=c.download(after)))
+        for c in client_transports(algorithm)
     ]
     server = algorithm.client_model(model, first._replace(shared=after))
     assert all(trees_equal(weights, server) for weights in own)

@@ -29,6 +29,7 @@ from fedlora_mpi.engine.device import choose_path
 from fedlora_mpi.engine.graphs import CudaGraph, GraphCache
 from fedlora_mpi.engine.memory import MemoryBudget, stack_capacity
 from fedlora_mpi.engine.settings import Engine
+from fedlora_mpi.engine.train import Trainer
 from fedlora_mpi.engine.walk import PhaseRunner
 
 ROOT = Path(__file__).parent.parent
@@ -50,25 +51,23 @@ def machine():
 
 
 def made(name, stacked=True, network="bn_net", device=small.CPU, sizes=small.SIZES):
-    """(Run, State before round 1) of ragged clients on ``device``."""
+    """(Federation, State before round 1) of ragged clients on ``device``."""
     extra = {"momentum": 0.0, "lr": 0.02} if name in ("scaffold", "pfedme") else {"lr": 0.02}
     train = replace(small.TRAIN, **extra)
-    run, state = small.make_experiment(
+    federation, state = small.make_experiment(
         algorithms.find_algorithm(name)(), network, sizes, stacked=stacked, train=train
     )
     if device == small.CPU:
-        return run, state
-    (kind,) = run.kinds
-    trainer = kind.trainer
+        return federation, state
+    model = federation.clients.trainer.model.to(device)
     feed = Feed(*FEED, seed=1, shift="none", device=device, augment=False)
-    trainer = replace(trainer, model=trainer.model.to(device), feed=feed, device=device)
+    federation = small.with_trainers(federation, model=model, feed=feed, device=device)
 
     def there(tree):
         return {n: v.to(device) for n, v in tree.items()}
 
-    return replace(run, kinds=(kind._replace(trainer=trainer),)), state._replace(
-        shared=there(state.shared), server=there(state.server)
-    )
+    state = state._replace(shared=there(state.shared), server=there(state.server))
+    return federation, state
 
 
 FEED = []
@@ -86,18 +85,15 @@ def remembered(monkeypatch):
     monkeypatch.setattr(Feed, "__init__", init)
 
 
-def recorded(run, graph=None):
-    """``run`` whose epochs are recorded."""
-    kinds = [
-        k._replace(trainer=replace(k.trainer, graphs=GraphCache(k.trainer.device, graph)))
-        for k in run.kinds
-    ]
-    return replace(run, kinds=tuple(kinds))
+def recorded(federation, graph=None):
+    """``federation`` whose epochs are recorded."""
+    graphs = GraphCache(federation.clients.trainer.device, graph)
+    return small.with_trainers(federation, graphs=graphs)
 
 
-def ends(run, state, rounds=3):
+def ends(federation, state, rounds=3):
     """All variables after some rounds, on the host."""
-    state = small.run_rounds(run, state, rounds)
+    state = small.run_rounds(federation, state, rounds)
     return [
         {n: v.cpu() for n, v in tree.items()}
         for tree in (state.shared, state.personal, state.server)
@@ -117,8 +113,8 @@ def test_a_round_on_a_device_has_the_bits_of_one_on_the_host_and_waits_not_insid
 ):
     if name in ("fedapen", "fedkd", "fml"):
         pytest.skip("needs a second network of the settings")
-    run, state = made(name, stacked, device=far.DEVICE)
-    whole, passes = type(run.trainer)._train, []
+    federation, state = made(name, stacked, device=far.DEVICE)
+    whole, passes = Trainer._run_items, []
 
     def strict(self, *given):
         machine.raises_on_wait = name in METHODS
@@ -128,18 +124,18 @@ def test_a_round_on_a_device_has_the_bits_of_one_on_the_host_and_waits_not_insid
             machine.raises_on_wait = False
             passes.append(1)
 
-    monkeypatch.setattr(type(run.trainer), "_train", strict)
-    there = ends(run, state, 1)
+    monkeypatch.setattr(Trainer, "_run_items", strict)
+    there = ends(federation, state, 1)
     assert len(passes) == (1 if stacked else len(small.SIZES))
     assert machine.wait_names
     assert equal(there, ends(*made(name, stacked), 1))
 
 
 def test_a_stack_waits_once_for_its_clients_and_once_for_each_upload(machine):
-    run, state = made("fedlora", device=far.DEVICE)
+    federation, state = made("fedlora", device=far.DEVICE)
     (rows, start), trainer = (
-        (small.repeat_rows(run.kinds[0].initial.personal, 5), state.shared),
-        run.trainer,
+        (small.repeat_rows(federation.clients.types[0].initial.personal, 5), state.shared),
+        federation.clients.trainer,
     )
     machine.wait_names.clear()
     done = list(trainer.train(range(5), start, rows, 0, evaluate=True))
@@ -208,10 +204,10 @@ def test_a_recording_of_a_gpu_has_the_bits_of_the_steps(
 ):
     far.patch_cuda(machine, monkeypatch)
     plain = ends(*made(name, stacked, network))
-    run, state = made(name, stacked, network, far.DEVICE)
-    run = recorded(run, CudaGraph)
-    assert equal(ends(run, state), plain)
-    walks = [walk for walk, _ in run.trainer.graphs._runners.values()]
+    federation, state = made(name, stacked, network, far.DEVICE)
+    federation = recorded(federation, CudaGraph)
+    assert equal(ends(federation, state), plain)
+    walks = [walk for walk, _ in federation.clients.trainer.graphs._runners.values()]
     assert sum(len(walk._recorded_epochs) for walk in walks) >= (1 if stacked else 4)
     assert not capsys.readouterr().err
 
@@ -232,8 +228,8 @@ def test_what_waits_is_not_recorded_and_trains_all_the_same(machine, monkeypatch
     far.patch_cuda(machine, monkeypatch)
     monkeypatch.setattr(algorithms, "find_algorithm", lambda name: Asking)
     plain = ends(*made("asking", False, "cnn"))
-    run, state = made("asking", False, "cnn", far.DEVICE)
-    assert equal(ends(recorded(run, CudaGraph), state), plain)
+    federation, state = made("asking", False, "cnn", far.DEVICE)
+    assert equal(ends(recorded(federation, CudaGraph), state), plain)
     (line,) = capsys.readouterr().err.splitlines()
     assert (
         line.startswith("hint: engine.graphs: a synchronizing operation")
@@ -246,45 +242,45 @@ def test_a_recording_that_goes_wrong_is_not_used(machine, monkeypatch, capsys):
     whole = machine.replay_tape
     monkeypatch.setattr(machine, "replay_tape", lambda tape: whole(tape[: len(tape) // 2]))
     plain = ends(*made("fedavg", True, "cnn"))
-    run, state = made("fedavg", True, "cnn", far.DEVICE)
-    assert equal(ends(recorded(run, CudaGraph), state), plain)
+    federation, state = made("fedavg", True, "cnn", far.DEVICE)
+    assert equal(ends(recorded(federation, CudaGraph), state), plain)
     assert "gave other numbers than its steps" in capsys.readouterr().err
 
 
 def test_long_epochs_are_several_recordings_and_the_oldest_give_way(monkeypatch):
     monkeypatch.setattr(recording, "_BATCHES_PER_GRAPH", 2)
-    run, state = made("fedlora", True, "cnn")
-    held = recorded(run)
+    federation, state = made("fedlora", True, "cnn")
+    held = recorded(federation)
     assert equal(ends(held, state), ends(*made("fedlora", True, "cnn")))
-    (walk, _), *_ = held.trainer.graphs._runners.values()
+    (walk, _), *_ = held.clients.trainer.graphs._runners.values()
     assert [len(place._graphs) for place in walk._recorded_epochs.values()] == [2]  # three batches
     for most in ("_MAX_RUNNERS", "_MAX_EPOCHS"):
         monkeypatch.setattr(recording, most, 1)
-    held = recorded(run)
+    held = recorded(federation)
     assert equal(ends(held, made("fedlora", True, "cnn")[1]), ends(*made("fedlora", True, "cnn")))
-    assert len(held.trainer.graphs._runners) == 1
-    held.trainer.graphs.clear()
-    assert not held.trainer.graphs._runners
+    assert len(held.clients.trainer.graphs._runners) == 1
+    held.clients.trainer.graphs.clear()
+    assert not held.clients.trainer.graphs._runners
 
 
 def test_what_a_loss_holds_decides_whether_a_recording_serves(monkeypatch):
     @dataclass(frozen=True)
     class Weighted(FedAvg):
-        def phases(self, model, train, round_):
+        def local(self, model, train, round_):
             def loss(now, start, batch):
                 return (1 + round_) * cross_entropy(model(now.shared, batch.x), batch)
 
             return (Phase(3, (Step(loss),)),)
 
     monkeypatch.setattr(algorithms, "find_algorithm", lambda name: Weighted)
-    run, state = made("weighted")
-    held = recorded(run)
+    federation, state = made("weighted")
+    held = recorded(federation)
     assert equal(ends(held, state), ends(*made("weighted")))
-    assert len(held.trainer.graphs._runners) == 3
+    assert len(held.clients.trainer.graphs._runners) == 3
     monkeypatch.undo()
     held = recorded(made("moon")[0])
     ends(held, made("moon")[1], 4)
-    assert len(held.trainer.graphs._runners) == 1  # its teacher is made anew in every round
+    assert len(held.clients.trainer.graphs._runners) == 1  # its teacher is made anew in every round
 
 
 def test_the_setting_stays_out_of_a_config_that_does_not_name_it():
@@ -301,12 +297,10 @@ def test_the_setting_stays_out_of_a_config_that_does_not_name_it():
 @pytest.mark.parametrize("name, stacked", STEPS)
 def test_bfloat16_is_near_float32_and_leaves_weights_in_float32(name, stacked):
     runs = [made(name, stacked) for _ in range(2)]
-    (kind,) = runs[0][0].kinds
-    coarse = replace(
-        runs[0][0], kinds=(kind._replace(trainer=replace(kind.trainer, precision="bf16")),)
-    )
+    coarse = small.with_trainers(runs[0][0], precision="bf16")
     results = [
-        ends(run, state, 1) for run, (_, state) in zip((coarse, runs[1][0]), runs, strict=True)
+        ends(federation, state, 1)
+        for federation, (_, state) in zip((coarse, runs[1][0]), runs, strict=True)
     ]
     assert all(v.dtype == torch.float32 for tree in results[0] for v in tree.values())
     assert not equal(*results)
@@ -337,11 +331,12 @@ class Small:
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_stack_that_does_not_fit_is_split_and_computed_anew(graphs, monkeypatch, capsys):
     four = {"sizes": small.SIZES[:4], "network": "cnn"}
-    run, state = made("fedlora", **four)
-    halves = ends(replace(run, group_size=2), state)
+    federation, state = made("fedlora", **four)
+    placement = replace(federation.placement, group_size=2)
+    halves = ends(replace(federation, placement=placement), state)
     short = Small(monkeypatch, 2)
-    run, state = made("fedlora", **four)
-    assert equal(ends(recorded(run) if graphs else run, state), halves)
+    federation, state = made("fedlora", **four)
+    assert equal(ends(recorded(federation) if graphs else federation, state), halves)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("hint: 4 clients at once do not fit") and "engine.group_size=2" in line
     assert short.tried.count(4) == 3  # remembered
@@ -354,11 +349,11 @@ def test_a_client_that_does_not_fit_alone_ends_the_run(monkeypatch):
 
 
 def test_evaluation_is_split_too(monkeypatch):
-    run, state = made("fedlora")
+    federation, state = made("fedlora")
     rows, whole, trainer = (
-        small.repeat_rows(run.kinds[0].initial.personal, 5),
-        run.trainer.feed.test_batch,
-        run.trainer,
+        small.repeat_rows(federation.clients.types[0].initial.personal, 5),
+        federation.clients.trainer.feed.test_batch,
+        federation.clients.trainer,
     )
     expected = trainer.evaluate(range(5), state.shared, rows)
 

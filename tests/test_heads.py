@@ -39,7 +39,7 @@ HEAD = {"fc.weight", "fc.bias"}
 class Turns(FedAvg):
     """FedAvg whose head trains first, and then the body."""
 
-    def phases(self, model, train, round_):
+    def local(self, model, train, round_):
         loss = self.loss(model)
         parts = (2, lambda leaf: leaf in HEAD), (train.epochs - 2, lambda leaf: leaf not in HEAD)
         return tuple(Phase(epochs, (Step(loss, trains),)) for epochs, trains in parts)
@@ -48,12 +48,12 @@ class Turns(FedAvg):
 @cache
 def outcome(algorithm, network="bn_net", rounds=2, **how):
     """(Run, State) after ``rounds`` rounds. Cached: change nothing in it, and play no further."""
-    run, state = small.make_experiment(algorithm, network, **how)
-    return run, small.run_rounds(run, state, rounds)
+    federation, state = small.make_experiment(algorithm, network, **how)
+    return federation, small.run_rounds(federation, state, rounds)
 
 
-def role(run, tree, *roles):
-    return {n: v for n, v in tree.items() if run.trainer.model.role(n) in roles}
+def role(federation, tree, *roles):
+    return {n: v for n, v in tree.items() if federation.clients.trainer.model.role(n) in roles}
 
 
 def batch(made, client=0, width=5):
@@ -75,7 +75,7 @@ def gradients(made, v, data):
             for half in (v.shared, v.personal)
         )
     )
-    loss = made.algorithm.phases(made.model, made.settings, 0)[0].steps[0].loss(now, v, data)
+    loss = made.algorithm.local(made.model, made.settings, 0)[0].steps[0].loss(now, v, data)
     return derived(loss, leaves), loss.detach()
 
 
@@ -100,13 +100,13 @@ def test_loop_and_stack_train_alike(algorithm, network):
 
 @METHODS
 def test_absent_clients_keep_their_own_leaves(algorithm):
-    run, state = small.make_experiment(algorithm, "bn_net", participation=0.6, stacked=True)
-    before, chosen = small.clone_tree(state.personal), run.sample_cohort(0)
-    state = small.run_rounds(run, state, 1)
+    federation, state = small.make_experiment(algorithm, "bn_net", participation=0.6, stacked=True)
+    before, chosen = small.clone_tree(state.personal), federation.cohorts.sample(0).members
+    state = small.run_rounds(federation, state, 1)
     assert len(chosen) == 3
     for name, value in state.personal.items():
         moved = {
-            run.local_clients[row]
+            federation.placement.local_clients[row]
             for row in range(5)
             if not torch.equal(value[row], before[name][row])
         }
@@ -124,25 +124,27 @@ def test_own_leaves_differ_between_clients_and_the_method_from_fedavg(algorithm)
 
 @METHODS
 def test_the_message_is_what_is_shared(algorithm):
-    run, state = small.make_experiment(algorithm, "bn_net")
-    model = run.trainer.model
+    federation, state = small.make_experiment(algorithm, "bn_net")
+    model = federation.clients.trainer.model
     own = {FedPer: ("head",), FedRep: ("head",), FedBN: ("norm", "stats"), FedRoD: ()}[
         type(algorithm)
     ]
     sent = {n: v for n, v in model.initial.items() if model.role(n) not in own}
-    assert set(run.upload_layout.shapes) == set(state.shared) == set(sent)
-    _, row, _ = run_round(run, state, evaluate=False, stop=False)
+    assert set(federation.aggregator.terms.flat.shapes) == set(state.shared) == set(sent)
+    _, row, _ = run_round(federation, state, evaluate=False, stop=False)
     assert row["bytes_up"] == row["bytes_down"] == 5 * 4 * numel(sent)
 
 
 @METHODS
 def test_evaluation_is_of_the_shared_part_with_each_clients_own(algorithm):
-    run, state = small.make_experiment(algorithm, "bn_net")
-    state, row, clients = run_round(run, state, evaluate=True, stop=False)
-    model = run.trainer.model.eval_mode()
-    for at, client in enumerate(run.local_clients):
+    federation, state = small.make_experiment(algorithm, "bn_net")
+    state, row, clients = run_round(federation, state, evaluate=True, stop=False)
+    model = federation.clients.trainer.model.eval_mode()
+    for at, client in enumerate(federation.placement.local_clients):
         own = {n: v[at] for n, v in state.personal.items()}
-        tests = run.trainer.feed.test_batch([client], 0, run.trainer.feed.test_size(client))
+        tests = federation.clients.trainer.feed.test_batch(
+            [client], 0, federation.clients.trainer.feed.test_size(client)
+        )
         if isinstance(algorithm, FedRoD):
             z = model.features(state.shared, tests.x[0])
             own = {n.removeprefix(".own."): v for n, v in own.items()}
@@ -182,11 +184,14 @@ def test_fedper_that_keeps_nothing_is_fedavg(stacked, participation):
 @pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 def test_fedper_that_keeps_everything_is_local(stacked, participation):
     how = {"stacked": stacked, "participation": participation}
-    (run, state), (_, plain) = outcome(FedPer(personal=("*",)), **how), outcome(Local(), **how)
+    (federation, state), (_, plain) = (
+        outcome(FedPer(personal=("*",)), **how),
+        outcome(Local(), **how),
+    )
     assert (
         small.trees_equal(state.personal, plain.personal)
         and not state.shared
-        and run.upload_layout.size == 0
+        and federation.aggregator.terms.flat.size == 0
     )
 
 
@@ -200,14 +205,20 @@ def test_fedper_of_one_client_is_fedavg(stacked):
 
 
 def test_fedper_keeps_what_its_patterns_match():
-    run, state = small.make_experiment(FedPer(personal=("head", "layers.1.*")), "bn_net")
-    expected = {n for n in run.trainer.model.initial if n in HEAD or n.startswith("layers.1.")}
+    federation, state = small.make_experiment(FedPer(personal=("head", "layers.1.*")), "bn_net")
+    expected = {
+        n
+        for n in federation.clients.trainer.model.initial
+        if n in HEAD or n.startswith("layers.1.")
+    }
     assert set(state.personal) == expected and len(expected) > 10
     for pattern in ("Head", "fc", "layer."):
         with pytest.raises(
             ValueError, match=f"personal = {pattern}: matches no leaf; there are head and co"
         ):
-            FedPer(personal=("head", pattern)).check(run.trainer.model, LocalTraining())
+            FedPer(personal=("head", pattern)).check(
+                federation.clients.trainer.model, LocalTraining()
+            )
 
 
 # FedRep
@@ -224,13 +235,15 @@ def test_fedrep_of_one_client_is_fedavg_with_both_phases(stacked):
 @STACK_FIRST
 def test_fedrep_trains_one_part_at_a_time(stacked):
     begin = small.make_model("bn_net").initial
-    run, state = outcome(FedRep(head_epochs=0), stacked=stacked)
+    federation, state = outcome(FedRep(head_epochs=0), stacked=stacked)
     assert all((v == begin[n]).all() for n, v in state.personal.items())
     assert not any(torch.equal(v, begin[n]) for n, v in state.shared.items())
-    run, state = outcome(FedRep(head_epochs=3), stacked=stacked)
+    federation, state = outcome(FedRep(head_epochs=3), stacked=stacked)
     assert not any((v == begin[n]).all() for n, v in state.personal.items())
     moved = {
-        run.trainer.model.role(n) for n, v in state.shared.items() if not torch.equal(v, begin[n])
+        federation.clients.trainer.model.role(n)
+        for n, v in state.shared.items()
+        if not torch.equal(v, begin[n])
     }
     assert moved == {"stats"}
 
@@ -238,7 +251,7 @@ def test_fedrep_trains_one_part_at_a_time(stacked):
 def test_fedrep_trains_the_head_first():
     made = small.make_trainer(FedRep(), "bn_net", train=LocalTraining())
     made.algorithm.check(made.model, made.settings)
-    head, body = made.algorithm.phases(made.model, made.settings, 0)
+    head, body = made.algorithm.local(made.model, made.settings, 0)
     assert (head.epochs, body.epochs) == (4, 1)
     names = set(made.model.initial)
     assert {n for n in names if head.steps[0].trains(n)} == HEAD
@@ -271,10 +284,12 @@ def test_fedbn_without_normalisation_is_fedavg(stacked, participation):
 
 
 def test_fedbn_keeps_every_normalisation_layer_whatever_its_name():
-    run, state = small.make_experiment(FedBN(), "bn_net")
+    federation, state = small.make_experiment(FedBN(), "bn_net")
     assert len(state.personal) == 6 * 4
     assert {"bn1.running_var", "layers.1.downsample.1.weight"} <= set(state.personal)
-    assert set(role(run, run.trainer.model.initial, "norm", "stats")) == set(state.personal)
+    assert set(role(federation, federation.clients.trainer.model.initial, "norm", "stats")) == set(
+        state.personal
+    )
     layers = (
         nn.Conv2d(3, 4, 3),
         nn.GroupNorm(2, 4),
@@ -288,8 +303,8 @@ def test_fedbn_keeps_every_normalisation_layer_whatever_its_name():
 
 @STACK_FIRST
 def test_fedbn_moves_statistics_and_affine_parameters_at_home(stacked):
-    run, state = outcome(FedBN(), stacked=stacked)
-    begin = run.trainer.model.initial
+    federation, state = outcome(FedBN(), stacked=stacked)
+    begin = federation.clients.trainer.model.initial
     for name, value in state.personal.items():
         assert all(not torch.equal(row, begin[name]) for row in value), name
     assert not any(torch.equal(v, begin[n]) for n, v in state.shared.items())
@@ -312,10 +327,10 @@ def test_the_generic_part_of_fedrod_without_gamma_is_fedavg(stacked, head, netwo
 
 @STACK_FIRST
 def test_equal_counts_make_the_generic_loss_plain(stacked):
-    run, state = small.make_experiment(FedRoD(), "bn_net", stacked=stacked, fine=True)
-    run.trainer.feed._counts.fill_(7.0)
+    federation, state = small.make_experiment(FedRoD(), "bn_net", stacked=stacked, fine=True)
+    federation.clients.trainer.feed._counts.fill_(7.0)
     _, plain = outcome(FedAvg(), rounds=1, stacked=stacked, fine=True)
-    small.assert_near(small.run_rounds(run, state, 1).shared, plain.shared, rtol=1e-6)
+    small.assert_near(small.run_rounds(federation, state, 1).shared, plain.shared, rtol=1e-6)
 
 
 def test_a_personal_head_that_trains_the_body_ends_fedavg():

@@ -11,7 +11,7 @@ from runs import TINY, assert_same_run, run_rounds, tiny_config, trees_equal
 from tiers import STACK_FIRST, thorough_param
 from torch import nn
 
-from fedlora_mpi.algorithm import Batch, LocalTraining, Variables
+from fedlora_mpi.algorithm import Batch, LocalTraining, Transport, Variables, phases_of
 from fedlora_mpi.algorithms.fd import FD, distill
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedper import FedPer
@@ -21,7 +21,7 @@ from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.components.prototypes import client_class_means, prototype_loss, prototypes
 from fedlora_mpi.config import read
 from fedlora_mpi.core.seeds import rng
-from fedlora_mpi.federation.federation import Run
+from fedlora_mpi.federation.cohorts import Cohorts
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.mpi.comm import Solo
@@ -69,35 +69,35 @@ def off(algorithm):
     return replace(algorithm, **{"gamma" if isinstance(algorithm, FD) else "lam": 0.0})
 
 
-def trained(run, state):
+def trained(federation, state):
     """What each client of the cohort brings in this round, by client;
     the state is left as it is."""
-    found, chosen = {}, run.sample_cohort(state.round)
+    found, chosen = {}, federation.cohorts.sample(state.round).members
     for client in sorted(chosen):
-        kind = run.kinds[run.kind_of[client]]
+        client_type = federation.clients[client]
         row = {
-            n: state.personal[kind.prefix + n][[run.row_of_client[client]]]
-            for n in kind.initial.personal
+            n: state.personal[client_type.prefix + n][[federation.placement.row_of_client[client]]]
+            for n in client_type.initial.personal
         }
-        (found[client],) = kind.trainer.train([client], state.shared, row, state.round)
+        (found[client],) = client_type.trainer.train([client], state.shared, row, state.round)
     return found
 
 
-def survey(run, client):
+def survey(federation, client):
     """(evaluating model, all training samples, their labels) of a client."""
-    trainer = run.kinds[run.kind_of[client]].trainer
+    trainer = federation.clients[client].trainer
     data = trainer.feed.unshuffled_batch([client], all_samples=True)
     return trainer.model.eval_mode(), data.x[0], data.y[0]
 
 
-def held(run, client):
+def held(federation, client):
     """The classes of which a client has training samples."""
-    return set(survey(run, client)[2].tolist())
+    return set(survey(federation, client)[2].tolist())
 
 
-def class_mean(run, done, label, of):
+def class_mean(federation, done, label, of):
     """The mean of ``of(model, weights, x)`` over a client's samples of one class, float64."""
-    model, x, y = survey(run, done.client)
+    model, x, y = survey(federation, done.client)
     weights = {n: v for n, v in done.end.personal.items() if n in model.leaves}
     with torch.no_grad():
         return of(model, weights, x[y == label]).double().mean(0)
@@ -147,11 +147,7 @@ def gradients(made, v, batch, round_=1):
         n: w.clone().requires_grad_(made.model.role(n) not in (None, "stats"))
         for n, w in v.personal.items()
     }
-    loss = (
-        made.algorithm.phases(made.model, made.settings, round_)[0]
-        .steps[0]
-        .loss(Variables(v.shared, leaves), v, batch)
-    )
+    loss = phases_of(made.local(round_))[0].steps[0].loss(Variables(v.shared, leaves), v, batch)
     wanted = {n: w for n, w in leaves.items() if w.requires_grad}
     return dict(zip(wanted, torch.autograd.grad(loss, wanted.values()), strict=True)), loss.detach()
 
@@ -172,35 +168,41 @@ def test_loop_and_stack_train_alike(algorithm, network):
 @METHODS
 @NETWORKS
 def test_absent_clients_keep_their_own_leaves_and_the_others_networks_train(algorithm, network):
-    run, state = small.make_experiment(algorithm, network, participation=0.6, stacked=True)
-    before, chosen = small.clone_tree(state.personal), run.sample_cohort(0)
-    state = small.run_rounds(run, state, 1)
+    federation, state = small.make_experiment(algorithm, network, participation=0.6, stacked=True)
+    before, chosen = small.clone_tree(state.personal), federation.cohorts.sample(0).members
+    state = small.run_rounds(federation, state, 1)
     assert len(chosen) == 3
     for client in range(5):
-        kind, row = run.kinds[run.kind_of[client]], run.row_of_client[client]
-        for name in kind.initial.personal:
-            a, b = (tree[kind.prefix + name][row] for tree in (state.personal, before))
+        client_type, row = federation.clients[client], federation.placement.row_of_client[client]
+        for name in client_type.initial.personal:
+            a, b = (tree[client_type.prefix + name][row] for tree in (state.personal, before))
             assert torch.equal(a, b) == (client not in chosen), (client, name)
 
 
 @METHODS
 @PATHS
 def test_training_writes_to_nothing_that_was_given_and_no_client_to_anothers(algorithm, stacked):
-    run, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
-    state = small.run_rounds(run, state, 1)
+    federation, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
+    state = small.run_rounds(federation, state, 1)
     before, initial = (
         (small.clone_tree(state.shared), small.clone_tree(state.personal)),
-        small.clone_tree(run.trainer.model.initial),
+        small.clone_tree(federation.clients.trainer.model.initial),
     )
     ends, copies = [], []
-    rows = {n: v[[run.row_of_client[c] for c in run.groups[0]]] for n, v in state.personal.items()}
-    for done in run.trainer.train(run.groups[0], state.shared, rows, 1):
-        ends.append((run.algorithm.upload(done.start, done.end), done.end.personal))
+    rows = {
+        n: v[[federation.placement.row_of_client[c] for c in federation.placement.groups[0]]]
+        for n, v in state.personal.items()
+    }
+    for done in federation.clients.trainer.train(
+        federation.placement.groups[0], state.shared, rows, 1
+    ):
+        upload = federation.algorithm.upload(done.start, done.end, 1)
+        ends.append((upload.message, done.end.personal))
         copies.append(tuple(map(small.clone_tree, ends[-1])))
     assert small.trees_equal(state.shared, before[0]) and small.trees_equal(
         state.personal, before[1]
     )
-    assert small.trees_equal(run.trainer.model.initial, initial)
+    assert small.trees_equal(federation.clients.trainer.model.initial, initial)
     assert all(
         small.trees_equal(a, b)
         for end, copy in zip(ends, copies, strict=True)
@@ -258,7 +260,7 @@ def test_features_of_two_widths_are_refused_where_they_matter(name, leaf):
         "model={mix: [{name: cnn, hidden: 8}, {name: cnn, hidden: 6}]}", f"algorithm={name}"
     )
     if leaf is None:
-        assert len(build(config, str(TINY), Solo()).run.kinds) == 2
+        assert len(build(config, str(TINY), Solo()).federation.clients.types) == 2
         return
     with pytest.raises(
         Refusal, match=rf"name = {name}: shares {leaf}, .* \(\[4, 8\] and \[4, 6\]\)"
@@ -324,11 +326,14 @@ def test_lg_fedavg_of_one_client_is_fedavg(stacked):
 
 @pytest.mark.parametrize("weights", ["samples", "uniform"])
 def test_the_heads_of_different_networks_are_averaged_and_their_bodies_are_not(weights):
-    run, state = small.make_experiment(LGFedAvg(weights=weights), MIXED, participation=0.8)
-    begin, done = state.shared, trained(run, state)
-    after = small.run_rounds(run, state, 1)
+    federation, state = small.make_experiment(LGFedAvg(weights=weights), MIXED, participation=0.8)
+    begin, done = state.shared, trained(federation, state)
+    after = small.run_rounds(federation, state, 1)
     assert list(after.shared) == [".head.weight", ".head.bias"] and len(done) == 4
-    share = {c: run.weight_N[c] / sum(run.weight_N[k] for k in done) for c in done}
+    share = {
+        c: federation.clients.weights[c] / sum(federation.clients.weights[k] for k in done)
+        for c in done
+    }
     assert len(set(share.values())) == (1 if weights == "uniform" else 3)
     for name, value in after.shared.items():
         mean = sum(share[c] * d.end.shared[name].double() for c, d in done.items())
@@ -336,17 +341,17 @@ def test_the_heads_of_different_networks_are_averaged_and_their_bodies_are_not(w
         assert len({d.end.shared[name].numpy().tobytes() for d in done.values()}) == 4
         assert not torch.equal(value, begin[name])
     for client, d in done.items():
-        model = run.kinds[run.kind_of[client]].trainer.model
+        model = federation.clients[client].trainer.model
         assert set(d.end.personal) == {n for n in model.leaves if model.role(n) != "head"}
-        w = run.algorithm.client_model(model, Variables(after.shared, d.end.personal))
+        w = federation.algorithm.client_model(model, Variables(after.shared, d.end.personal))
         assert list(w) == list(model.initial) or set(w) == set(model.initial)
         assert torch.equal(w[f"{model.head}.weight"], after.shared[".head.weight"])
 
 
 def test_all_networks_begin_with_the_head_of_the_first():
-    run, state = small.make_experiment(LGFedAvg(), MIXED)
+    federation, state = small.make_experiment(LGFedAvg(), MIXED)
     assert torch.equal(state.shared[".head.weight"], small.make_model("cnn").initial["9.weight"])
-    done = trained(run, state)
+    done = trained(federation, state)
     assert all(
         torch.equal(d.start.shared[".head.weight"], state.shared[".head.weight"])
         for d in done.values()
@@ -354,8 +359,8 @@ def test_all_networks_begin_with_the_head_of_the_first():
 
 
 def test_lg_fedavg_sends_the_head_up_and_down():
-    run, state = small.make_experiment(LGFedAvg(), MIXED, participation=0.6)
-    _, row, clients = run_round(run, state, evaluate=True, stop=False)
+    federation, state = small.make_experiment(LGFedAvg(), MIXED, participation=0.6)
+    _, row, clients = run_round(federation, state, evaluate=True, stop=False)
     assert row["bytes_up"] == row["bytes_down"] == 3 * 4 * (5 * 6 + 6)
     assert (clients["accuracy"] == clients["accuracy_aggregated"]).all()
     assert row["drift"] > 0
@@ -415,7 +420,7 @@ def term_alone(algorithm, network, batch_to=lambda batch: batch, **fields):
     made, v = taught(replace(algorithm, **fields), network)
     batch = batch_to(batch_of(made, fine=True))
     grads, loss = gradients(made, v, batch)
-    bare, fit = gradients(replace(made, algorithm=off(made.algorithm)), v, batch)
+    bare, fit = gradients(replace(made, transport=Transport(off(made.algorithm))), v, batch)
     return made, v, batch, {n: grads[n] - bare[n] for n in grads}, loss - fit
 
 
@@ -468,7 +473,7 @@ def test_nothing_known_is_nothing_learned(algorithm):
     made, v = taught(algorithm, "cnn", lacking=range(small.CLASSES))
     batch = batch_of(made, fine=True)
     (a, loss), (b, fit) = (
-        gradients(m, v, batch) for m in (made, replace(made, algorithm=off(algorithm)))
+        gradients(m, v, batch) for m in (made, replace(made, transport=Transport(off(algorithm))))
     )
     assert loss == fit and small.trees_equal(a, b)
 
@@ -482,19 +487,23 @@ def test_nothing_known_is_nothing_learned(algorithm):
 def test_a_prototype_is_the_mean_over_the_clients_that_hold_the_class(
     weights, participation, stacked
 ):
-    run, state = small.make_experiment(
+    federation, state = small.make_experiment(
         FedProto(weights=weights), MIXED, participation=participation, stacked=stacked
     )
     unequal = False
     for _ in range(2):
-        done, state = trained(run, state), small.run_rounds(run, state, 1)
+        done, state = trained(federation, state), small.run_rounds(federation, state, 1)
         P, known = prototypes(state.shared)
         for label in range(small.CLASSES):
-            holders = [c for c in done if label in held(run, c)]
+            holders = [c for c in done if label in held(federation, c)]
             assert known[label] == bool(holders)
             if holders:
-                each = torch.stack([class_mean(run, done[c], label, features) for c in holders])
-                many = torch.tensor([int((survey(run, c)[2] == label).sum()) for c in holders])
+                each = torch.stack(
+                    [class_mean(federation, done[c], label, features) for c in holders]
+                )
+                many = torch.tensor(
+                    [int((survey(federation, c)[2] == label).sum()) for c in holders]
+                )
                 unequal |= len(set(many.tolist())) > 1
                 share = (many if weights == "samples" else torch.ones(len(holders))).double()[
                     :, None
@@ -509,19 +518,21 @@ def test_a_prototype_is_the_mean_over_the_clients_that_hold_the_class(
 
 @pytest.mark.parametrize("weights", ["uniform", "samples"])
 def test_a_class_that_one_client_holds_has_its_own_prototype(weights):
-    run, state = small.make_experiment(FedProto(weights=weights), ("bn_net", "cnn"), sizes=(11, 3))
-    only = held(run, 0) - held(run, 1)
-    done, state = trained(run, state), small.run_rounds(run, state, 1)
+    federation, state = small.make_experiment(
+        FedProto(weights=weights), ("bn_net", "cnn"), sizes=(11, 3)
+    )
+    only = held(federation, 0) - held(federation, 1)
+    done, state = trained(federation, state), small.run_rounds(federation, state, 1)
     P, _ = prototypes(state.shared)
     own, _ = prototypes(done[0].end.shared)
-    assert len(only) == 4 and held(run, 1) < held(run, 0)
+    assert len(only) == 4 and held(federation, 1) < held(federation, 0)
     for label in range(6):
         assert torch.allclose(P[label], own[label], rtol=1e-6, atol=1e-8) == (label in only), label
 
 
 def test_clients_alike_share_the_prototype_of_each():
-    run, state = small.make_experiment(FedProto(), "cnn", sizes=(6, 6, 6), same_sample=True)
-    done, state = trained(run, state), small.run_rounds(run, state, 1)
+    federation, state = small.make_experiment(FedProto(), "cnn", sizes=(6, 6, 6), same_sample=True)
+    done, state = trained(federation, state), small.run_rounds(federation, state, 1)
     P, known = prototypes(state.shared)
     assert known.sum() == 1
     torch.testing.assert_close(P, prototypes(done[1].end.shared)[0])
@@ -532,13 +543,13 @@ def test_a_class_that_no_client_of_the_round_holds_is_forgotten_or_stale(
     absent, remembered, monkeypatch
 ):
     # client 0, then client 1
-    monkeypatch.setattr(Run, "sample_cohort", lambda self, round_: frozenset({round_}))
-    run, state = small.make_experiment(
+    monkeypatch.setattr(Cohorts, "_sample_members", lambda self, round_, sizes: frozenset({round_}))
+    federation, state = small.make_experiment(
         FedProto(absent=absent), MIXED, sizes=(11, 2), participation=0.5
     )
-    lost = sorted(held(run, 0) - held(run, 1))
-    before = small.run_rounds(run, state, 1)
-    after = small.run_rounds(run, before, 1)
+    lost = sorted(held(federation, 0) - held(federation, 1))
+    before = small.run_rounds(federation, state, 1)
+    after = small.run_rounds(federation, before, 1)
     (P, known), (Q, later) = prototypes(before.shared), prototypes(after.shared)
     assert known.all() and len(lost) == 4
     assert all(later[label] == (remembered or label not in lost) for label in range(6))
@@ -548,14 +559,14 @@ def test_a_class_that_no_client_of_the_round_holds_is_forgotten_or_stale(
 
 @pytest.mark.parametrize("participation", [1.0, 0.6])
 def test_fedproto_sends_what_is_held_and_receives_what_is_known(participation):
-    run, state = small.make_experiment(FedProto(), MIXED, participation=participation)
+    federation, state = small.make_experiment(FedProto(), MIXED, participation=participation)
     known = set()
     for round_ in range(3):
-        chosen = run.sample_cohort(round_)
-        state, row, _ = run_round(run, state, evaluate=False, stop=False)
-        assert row["bytes_up"] == 4 * 5 * sum(len(held(run, c)) for c in chosen)
+        chosen = federation.cohorts.sample(round_).members
+        state, row, _ = run_round(federation, state, evaluate=False, stop=False)
+        assert row["bytes_up"] == 4 * 5 * sum(len(held(federation, c)) for c in chosen)
         assert row["bytes_down"] == 4 * 5 * len(known) * len(chosen)
-        known = set().union(*(held(run, c) for c in chosen))
+        known = set().union(*(held(federation, c) for c in chosen))
     assert len(known) > 0
 
 
@@ -601,11 +612,11 @@ def test_the_prediction_is_the_nearest_prototype_of_those_that_are_meant(among, 
 
 @pytest.mark.parametrize("network", ["cnn", MIXED], ids=["cnn", "mixed"])
 def test_a_round_judges_by_the_new_prototypes_and_right_after_training_by_the_clients_own(network):
-    run, state = small.make_experiment(FedProto(inference="prototypes"), network)
-    done = trained(run, state)
-    state, _, scores = run_round(run, state, evaluate=True, stop=False)
+    federation, state = small.make_experiment(FedProto(inference="prototypes"), network)
+    done = trained(federation, state)
+    state, _, scores = run_round(federation, state, evaluate=True, stop=False)
     for client, d in done.items():
-        trainer = run.kinds[run.kind_of[client]].trainer
+        trainer = federation.clients[client].trainer
         model, tests = (
             trainer.model.eval_mode(),
             trainer.feed.test_batch([client], 0, trainer.feed.test_size(client)),
@@ -613,7 +624,7 @@ def test_a_round_judges_by_the_new_prototypes_and_right_after_training_by_the_cl
         z = model.features(
             {n: w for n, w in d.end.personal.items() if n in model.leaves}, tests.x[0]
         )
-        mine = sorted(held(run, client))
+        mine = sorted(held(federation, client))
         assert torch.equal(d.end.personal[".own.classes"].nonzero().flatten(), torch.tensor(mine))
         for shared, column in (
             (state.shared, "accuracy_aggregated"),
@@ -627,8 +638,8 @@ def test_a_round_judges_by_the_new_prototypes_and_right_after_training_by_the_cl
 
 def test_the_classifier_is_judged_the_same_before_and_after_aggregation():
     for algorithm in (FedProto(), FD()):
-        run, state = small.make_experiment(algorithm, MIXED)
-        _, _, scores = run_round(run, state, evaluate=True, stop=False)
+        federation, state = small.make_experiment(algorithm, MIXED)
+        _, _, scores = run_round(federation, state, evaluate=True, stop=False)
         assert (scores["accuracy_trained"] == scores["accuracy_aggregated"]).all()
 
 
@@ -639,27 +650,32 @@ def test_the_classifier_is_judged_the_same_before_and_after_aggregation():
 @pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 @STACK_FIRST
 def test_a_client_learns_from_the_mean_output_of_the_others(outputs, what, participation, stacked):
-    run, state = small.make_experiment(
+    federation, state = small.make_experiment(
         FD(outputs=outputs), MIXED, participation=participation, stacked=stacked
     )
     sat_out = came_back = 0
     for round_ in range(1, 5):
-        done, state = trained(run, state), small.run_rounds(run, state, 1)
+        done, state = trained(federation, state), small.run_rounds(federation, state, 1)
         for client in range(5):
-            kind, row = run.kinds[run.kind_of[client]], run.row_of_client[client]
-            own = {n: state.personal[kind.prefix + n][row] for n in kind.initial.personal}
-            counts = kind.trainer.feed.unshuffled_batch([client], all_samples=True).counts[0]
-            zhat, holders = run.algorithm.teacher_outputs(
+            client_type, row = (
+                federation.clients[client],
+                federation.placement.row_of_client[client],
+            )
+            own = {
+                n: state.personal[client_type.prefix + n][row] for n in client_type.initial.personal
+            }
+            counts = client_type.trainer.feed.unshuffled_batch([client], all_samples=True).counts[0]
+            zhat, holders = federation.algorithm.teacher_outputs(
                 Variables(state.shared, own), counts, round_
             )
             sat_out += client not in done
             came_back += client not in done and bool(own[".own.round"])
             for label in range(6):
-                others = [c for c in done if c != client and label in held(run, c)]
+                others = [c for c in done if c != client and label in held(federation, c)]
                 assert holders[label] == len(others)
                 if others:
                     right = torch.stack(
-                        [class_mean(run, done[c], label, what) for c in others]
+                        [class_mean(federation, done[c], label, what) for c in others]
                     ).mean(0)
                     right = right if outputs == "probabilities" else right.softmax(0)
                     torch.testing.assert_close(zhat[label].double(), right, rtol=1e-4, atol=1e-5)
@@ -668,16 +684,18 @@ def test_a_client_learns_from_the_mean_output_of_the_others(outputs, what, parti
 
 @pytest.mark.parametrize("outputs", ["probabilities", "logits"])
 def test_a_class_that_no_other_client_holds_is_not_distilled(outputs):
-    run, state = small.make_experiment(FD(outputs=outputs), ("bn_net", "cnn"), sizes=(11, 3))
-    only = held(run, 0) - held(run, 1)
-    state = small.run_rounds(run, state, 1)
-    own = {n: state.personal[f"kind-0/{n}"][0] for n in run.kinds[0].initial.personal}
-    counts = run.trainer.feed.unshuffled_batch([0], all_samples=True).counts[0]
-    _, holders = run.algorithm.teacher_outputs(Variables(state.shared, own), counts, 1)
+    federation, state = small.make_experiment(FD(outputs=outputs), ("bn_net", "cnn"), sizes=(11, 3))
+    only = held(federation, 0) - held(federation, 1)
+    state = small.run_rounds(federation, state, 1)
+    own = {
+        n: state.personal[f"kind-0/{n}"][0] for n in federation.clients.types[0].initial.personal
+    }
+    counts = federation.clients.trainer.feed.unshuffled_batch([0], all_samples=True).counts[0]
+    _, holders = federation.algorithm.teacher_outputs(Variables(state.shared, own), counts, 1)
     assert {label for label in range(6) if holders[label] == 0} == only and len(only) == 4
     y = torch.arange(6)
     logits = numbers(6, 6).requires_grad_()
-    zhat, _ = run.algorithm.teacher_outputs(Variables(state.shared, own), counts, 1)
+    zhat, _ = federation.algorithm.teacher_outputs(Variables(state.shared, own), counts, 1)
     distill(logits, zhat, holders, Batch(None, y, None, None, counts)).backward()
     assert {label for label in range(6) if not logits.grad[label].any()} == only
 
@@ -690,8 +708,8 @@ def test_fd_of_one_client_is_local(stacked):
 
 
 def test_the_outputs_of_alike_clients_are_those_of_each():
-    run, state = small.make_experiment(FD(), "cnn", sizes=(6, 6, 6), same_sample=True)
-    done, state = trained(run, state), small.run_rounds(run, state, 1)
+    federation, state = small.make_experiment(FD(), "cnn", sizes=(6, 6, 6), same_sample=True)
+    done, state = trained(federation, state), small.run_rounds(federation, state, 1)
     total = 3 * done[0].end.shared[".class.outputs"]
     torch.testing.assert_close(state.shared[".class.outputs"], total)
     rows = state.shared[".class.outputs"].sum(1)
@@ -701,14 +719,14 @@ def test_the_outputs_of_alike_clients_are_those_of_each():
 
 @pytest.mark.parametrize("participation", [1.0, 0.6])
 def test_fd_sends_what_is_held_and_receives_what_is_known(participation):
-    run, state = small.make_experiment(FD(), MIXED, participation=participation)
+    federation, state = small.make_experiment(FD(), MIXED, participation=participation)
     known = set()
     for round_ in range(3):
-        chosen = run.sample_cohort(round_)
-        state, row, _ = run_round(run, state, evaluate=False, stop=False)
-        assert row["bytes_up"] == 4 * 6 * sum(len(held(run, c)) for c in chosen)
+        chosen = federation.cohorts.sample(round_).members
+        state, row, _ = run_round(federation, state, evaluate=False, stop=False)
+        assert row["bytes_up"] == 4 * 6 * sum(len(held(federation, c)) for c in chosen)
         assert row["bytes_down"] == 4 * 6 * len(known) * len(chosen)
-        known = set().union(*(held(run, c) for c in chosen))
+        known = set().union(*(held(federation, c) for c in chosen))
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import small
 import torch
 from finetuned import (
     COUNTS,
     MIXED,
     RANKS,
     assert_trees_near,
-    client_methods,
+    client_transports,
     float64_trainer,
     gaussian_tensor,
     init_variables,
@@ -23,12 +24,14 @@ from torch.func import grad, vmap
 
 from fedlora_mpi.algorithm import Batch, Variables
 from fedlora_mpi.algorithms.fedit import FedIT
-from fedlora_mpi.algorithms.hetlora import HetLoRA, norm_of_products, select_components
+from fedlora_mpi.algorithms.hetlora import HetLoRA
+from fedlora_mpi.components.lora.factors import norm_of_products, select_components
 from fedlora_mpi.components.lowrank import is_factor
 from fedlora_mpi.core.tree import tmap
 
 HOW = {"lora_ranks": RANKS, "alpha": 6.0}
 CNN = "model.width=4"
+MODEL = small.make_model("cnn")
 PRUNES = (
     "algorithm=hetlora",
     CNN,
@@ -43,7 +46,7 @@ LAYERS = {"0.weight": (12, 3), "3.weight": (24, 12), "7.weight": (8, 32)}
 
 def ranks_of(moment):
     """r_k of all clients, in the order of their ids."""
-    # of each kind: client k is of kind k mod 3
+    # of each type: client k is of type k mod 3
     rows = [iter(v.tolist()) for v in moment.personal.values()]
     return [int(next(rows[client % len(rows)])) for client in range(7)]
 
@@ -59,6 +62,11 @@ def pair(*rank_and_sides, at=0):
 
 def of_rank(r, tree):
     return Variables(tree, {".lora_rank.": torch.tensor(float(r), dtype=torch.float64)})
+
+
+def last_visit(algorithm):
+    """What follows the training of a client."""
+    return algorithm.local(MODEL, small.TRAIN, 0)[-1].apply
 
 
 # The mean
@@ -82,7 +90,7 @@ def one_round(algorithm, ends_of=lambda ends: ends, counts=COUNTS):
     ends = ends_of(
         [
             trained_variables(c, model, first.shared, 0, address=k)
-            for k, c in enumerate(client_methods(algorithm))
+            for k, c in enumerate(client_transports(algorithm))
         ]
     )
     return first.shared, ends, next_shared(algorithm, first.shared, ends, counts)
@@ -167,10 +175,13 @@ def test_a_client_without_a_product_counts_for_nothing_beside_others():
 def test_the_first_components_of_padded_factors_are_the_factors():
     algorithm = HetLoRA(**HOW)
     before, ends, _ = one_round(algorithm)
-    for client, (start, end) in zip(client_methods(algorithm), ends, strict=True):
-        term = client.mean_terms(client.upload(start, end), before)
-        assert {n: v.shape for n, v in term.items()} == {n: before[n].shape for n in term}
-        assert trees_equal(client.truncate_rank(term), {n: end.shared[n] for n in term})
+    for client, (start, end) in zip(client_transports(algorithm), ends, strict=True):
+        sent = client.expand(client.method.upload(start, end, 0), before, 1).mean
+        term = {n: v for n, v in sent.items() if is_factor(n)}
+        assert {n: v.shape for n, v in term.items()} == {
+            n: v.shape for n, v in before.items() if is_factor(n)
+        }
+        assert trees_equal(client.method.truncate_rank(term), {n: end.shared[n] for n in term})
 
 
 # The penalty
@@ -255,7 +266,7 @@ def test_a_client_prunes_when_its_tail_has_become_smaller_and_then_alone():
         end = {n: v.clone() for n, v in start.items()}
         end["w..A"][2:4] *= factor
         end["w..A"][:2] /= factor  # what is not the tail has no say
-        done = algorithm.finish(None, None, of_rank(4, start), of_rank(4, end), None)
+        done = last_visit(algorithm)(of_rank(4, start), of_rank(4, end), None)
         assert done.personal[".lora_rank."] == kept
         assert trees_equal(done.shared, select_components(end, 0, kept))
     assert (select_components(start, 0, 2)["w..A"][2:] == 0).all() and (
@@ -277,9 +288,8 @@ def test_clients_of_a_stack_prune_each_for_itself():
     ranks = torch.tensor([4.0, 4.0, 3.0], dtype=torch.float64)
 
     def finish(s, e, r):
-        return algorithm.finish(
-            None, None, Variables(s, {".lora_rank.": r}), Variables(e, {".lora_rank.": r}), None
-        )[:2]
+        variables = (Variables(tree, {".lora_rank.": r}) for tree in (s, e))
+        return last_visit(algorithm)(*variables, None)[:2]
 
     shared, personal = vmap(finish)(stack(starts), stack(ends), ranks)
     assert personal[".lora_rank."].tolist() == [2, 4, 1]
@@ -298,10 +308,11 @@ def test_ranks_never_rise_nor_fall_below_the_minimum_and_pruned_components_stay_
     least = [min(ranks[client] for ranks in series) for client in range(7)]
     assert least[1] == least[4] == 1 and min(least[0], least[2], least[3], least[5], least[6]) >= 2
     assert sum(a < b for a, b in zip(series[-1], series[0], strict=True)) >= 3
-    for number, kind in enumerate(parts.run.kinds):
-        members = parts.run.local_clients_by_kind[number]
-        rows = {n: moments[-1].personal[kind.prefix + n] for n in kind.initial.personal}
-        for row, done in enumerate(kind.trainer.train(members, moments[-1].shared, rows, 6)):
+    for number, client_type in enumerate(parts.federation.clients.types):
+        members = parts.federation.placement.local_clients_by_type[number]
+        names, trainer = client_type.initial.personal, client_type.trainer
+        rows = {n: moments[-1].personal[client_type.prefix + n] for n in names}
+        for row, done in enumerate(trainer.train(members, moments[-1].shared, rows, 6)):
             r = int(rows[".lora_rank."][row])  # before the round
             for v in (done.start, done.end):
                 assert trees_equal(v.shared, select_components(v.shared, 0, r))
@@ -317,7 +328,8 @@ def test_a_pruned_client_sends_its_components_its_norm_and_the_head():
         return sum(min(r, *sides) * sum(sides) for sides in LAYERS.values()) + 4 * 8 + 4
 
     for round_ in range(6):
-        cohort, ranks = parts.run.sample_cohort(round_), ranks_of(moments[round_ + 1])
+        cohort = parts.federation.cohorts.sample(round_).members
+        ranks = ranks_of(moments[round_ + 1])
         row = moments[round_ + 1].row
         assert row["bytes_up"] == 4 * sum(size(ranks[k]) + 1 for k in cohort)
         assert row["bytes_down"] == 4 * sum(size((8, 1, 4)[k % 3]) for k in cohort)

@@ -55,8 +55,9 @@ from fedlora_mpi.federation.cohorts import group_clients
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
 from fedlora_mpi.plan import plan
-from fedlora_mpi.run.assembly import build, load_data
+from fedlora_mpi.run.assembly import build
 from fedlora_mpi.run.checkpointing import load_state, save_checkpoint
+from fedlora_mpi.run.parts import load_data
 from fedlora_mpi.store.reader import RunFiles
 from fedlora_mpi.store.snapshot import Checkpoint, checkpoint_folder
 
@@ -108,14 +109,14 @@ def test_a_mixed_run_goes_on_from_a_checkpoint_on_another_number_of_ranks(mixed,
         parts = build(tiny_config(*PFEDLORA), str(TINY), comm)
         state = load_state(Checkpoint.read(checkpoint_folder(mixed, 2)), parts)
         for _ in range(2):
-            state, _, _ = run_round(parts.run, state, evaluate=True, stop=False)
-        return parts.run, state
+            state, _, _ = run_round(parts.federation, state, evaluate=True, stop=False)
+        return parts.federation, state
 
     found = run_on_ranks(ranks, go_on)
     whole = run_rounds(*PFEDLORA)[0][-1]
     assert trees_equal(found[0][1].shared, whole.shared)
     assert trees_equal(
-        join_personal([run for run, _ in found], [state.personal for _, state in found]),
+        join_personal(*zip(*((f, state.personal) for f, state in found), strict=True)),
         whole.personal,
     )
 
@@ -201,7 +202,10 @@ def test_every_client_of_a_mixed_run_has_its_own_network_and_the_accuracy_that_w
     logged = run.array("clients/accuracy")[-1]
     assert run.network_of == KIND_OF
     for client in range(7):
-        view, first = run.client(client), build_tiny(*PFEDLORA).run.kinds[KIND_OF[client]].initial
+        view, first = (
+            run.client(client),
+            build_tiny(*PFEDLORA).federation.clients[client].initial,
+        )
         assert {n: v.shape for n, v in view.personal.items()} == {
             n: v.shape for n, v in first.personal.items()
         }
@@ -498,18 +502,21 @@ def test_groups_never_mix_networks_and_hold_every_client_once():
 
 
 def test_groups_are_placed_by_the_flops_of_their_networks():
-    run = build_tiny(*PFEDLORA).run
-    flops = [kind.trainer.model.flops for kind in run.kinds]
+    federation = build_tiny(*PFEDLORA).federation
+    flops = [t.trainer.model.flops for t in federation.clients.types]
     assert len(set(flops)) == 3
-    for group, cost in zip(run.groups, run.costs, strict=True):
+    for group, cost in zip(federation.placement.groups, federation.placement.costs, strict=True):
         assert len({KIND_OF[c] for c in group}) == 1
-        assert cost == sum(run.sizes[c] * flops[KIND_OF[c]] for c in group)
-    hosts = assign_groups(run.costs, [1, 2])
+        assert cost == sum(federation.clients.sizes[c] * flops[KIND_OF[c]] for c in group)
+    hosts = assign_groups(federation.placement.costs, [1, 2])
     load = Counter(
-        {w: sum(c for c, h in zip(run.costs, hosts, strict=True) if h == w) for w in (1, 2)}
+        {
+            w: sum(c for c, h in zip(federation.placement.costs, hosts, strict=True) if h == w)
+            for w in (1, 2)
+        }
     )
     most, least = (load[w] for w in sorted(load, key=load.get, reverse=True))
-    assert most - least <= max(run.costs)
+    assert most - least <= max(federation.placement.costs)
 
 
 # --- FLOPs
@@ -567,7 +574,7 @@ def test_every_count_of_flops_is_a_sign_of_life():
 class Changes(FedAvg):
     """Trains the head alone in round 1, then everything."""
 
-    def phases(self, model, train, round_):
+    def local(self, model, train, round_):
         loss = self.loss(model)
         return (
             Phase(train.epochs, (Step(loss, lambda n: round_ > 0 or model.role(n) == "head"),)),
@@ -585,11 +592,13 @@ def test_flops_of_a_phase_that_changes_with_the_round():
 
 
 def test_a_row_has_the_flops_of_the_cohort_whatever_the_ranks():
-    run, rows = build_tiny(*PFEDLORA).run, [m.row for m in run_rounds(*PFEDLORA)[0][1:]]
+    federation = build_tiny(*PFEDLORA).federation
+    flops = [Flops(t.trainer, t.local_initial) for t in federation.clients.types]
+    rows = [m.row for m in run_rounds(*PFEDLORA)[0][1:]]
     for round_, row in enumerate(rows):
         each = [
-            run.flops[KIND_OF[c]].round_flops(run.sizes[c], round_)
-            for c in run.sample_cohort(round_)
+            flops[KIND_OF[c]].round_flops(federation.clients.sizes[c], round_)
+            for c in federation.cohorts.sample(round_).members
         ]
         assert row["flops"] == sum(each) > 0
     assert [m.row["flops"] for m in run_rounds(*PFEDLORA, ranks=3)[2][1:]] == [

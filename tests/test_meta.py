@@ -9,7 +9,7 @@ import small
 import torch
 from tiers import STACK_FIRST, thorough_param
 
-from fedlora_mpi.algorithm import Batch, LocalTraining, Phase, Step, Variables
+from fedlora_mpi.algorithm import Batch, LocalTraining, Phase, Step, Transport, Variables, phases_of
 from fedlora_mpi.algorithms.apfl import APFL
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.local import Local
@@ -99,13 +99,17 @@ def test_apfl_with_alpha_one_is_local(network, stacked):
 @STACK_FIRST
 @NETWORKS
 def test_apfl_with_alpha_zero_predicts_by_the_shared_model_and_moves_no_parameter(network, stacked):
-    run, state = small.make_experiment(APFL(alpha=0.0, adaptive=False), network, stacked=stacked)
+    federation, state = small.make_experiment(
+        APFL(alpha=0.0, adaptive=False), network, stacked=stacked
+    )
     begin = small.clone_tree(state.personal)
-    state = small.run_rounds(run, state, 2)
-    for n, v in parameters(run.trainer, state.shared).items():
+    state = small.run_rounds(federation, state, 2)
+    for n, v in parameters(federation.clients.trainer, state.shared).items():
         assert torch.equal(state.personal[f".own.{n}"], begin[f".own.{n}"])
         mine = Variables(state.shared, {m: w[1] for m, w in state.personal.items()})
-        assert torch.equal(run.algorithm.client_model(run.trainer.model, mine)[n], v)
+        assert torch.equal(
+            federation.algorithm.client_model(federation.clients.trainer.model, mine)[n], v
+        )
 
 
 def test_the_gradients_of_alpha_and_v_are_those_of_the_paper():
@@ -122,7 +126,7 @@ def test_the_gradients_of_alpha_and_v_are_those_of_the_paper():
         for n, w in now.shared.items()
     }
     g = slope(made, vbar, data)
-    mixing, training = made.algorithm.phases(made.model, made.settings, 0)
+    mixing, training = made.algorithm.local(made.model, made.settings, 0)
     for step in (*mixing.steps, training.steps[0]):
         leaves = {n: w for n, w in now.personal.items() if step.trains(n)}
         for leaf in leaves.values():
@@ -172,7 +176,7 @@ def test_alpha_goes_to_the_better_model_and_stays_between_zero_and_one(stacked):
         APFL(), train=LocalTraining(1, 5, lr=1e4, momentum=0.0), stacked=stacked
     )
     (mixing, _), v = (
-        made.algorithm.phases(made.model, made.settings, 0),
+        made.algorithm.local(made.model, made.settings, 0),
         small.initial_variables(made),
     )
     rows = small.repeat_rows(v.personal, 5)
@@ -185,10 +189,10 @@ def test_alpha_goes_to_the_better_model_and_stays_between_zero_and_one(stacked):
 
     @dataclass(frozen=True)
     class Mixing(APFL):
-        def phases(self, model, train, round_):
+        def local(self, model, train, round_):
             return (mixing,)
 
-    ends = replace(made, algorithm=Mixing()).train(CLIENTS, v.shared, rows, 0)
+    ends = replace(made, transport=Transport(Mixing())).train(CLIENTS, v.shared, rows, 0)
     assert [float(done.end.personal[".mix.alpha"]) for done in ends] == [1.0, 0.0, 1.0, 0.0, 1.0]
 
 
@@ -282,7 +286,7 @@ def test_the_pull_of_pfedme_has_the_gradient_of_half_a_square():
     found = []
     for m in (made, off):
         now = Variables(doubles(v.shared, 1), doubles(v.personal, 2))
-        inner, outer = m.algorithm.phases(m.model, m.settings, 0)[0].steps
+        inner, outer = phases_of(m.algorithm.local(m.model, m.settings, 0))[0].steps
         rows = [
             {n: w.requires_grad_() for n, w in half.items() if step.trains(n)}
             for half, step in zip((now.personal, now.shared), (inner, outer), strict=True)
@@ -320,45 +324,54 @@ def test_pfedme_with_one_step_and_eta_lam_one_is_fedavg(network, stacked):
 
 @STACK_FIRST
 def test_pfedme_without_beta_leaves_the_global_parameters_and_trains_theta(stacked):
-    run, state = small.make_experiment(PFedMe(beta=0.0), "bn_net", train=PLAIN, stacked=stacked)
+    federation, state = small.make_experiment(
+        PFedMe(beta=0.0), "bn_net", train=PLAIN, stacked=stacked
+    )
     begin = small.clone_tree(state.shared)
-    state = small.run_rounds(run, state, 2)
+    state = small.run_rounds(federation, state, 2)
     for n, v in begin.items():
-        assert torch.equal(state.shared[n], v) == (run.trainer.model.role(n) != "stats"), n
+        assert torch.equal(state.shared[n], v) == (
+            federation.clients.trainer.model.role(n) != "stats"
+        ), n
     assert (
-        gap(owned({n: v[1] for n, v in state.personal.items()}), parameters(run.trainer, begin))
+        gap(
+            owned({n: v[1] for n, v in state.personal.items()}),
+            parameters(federation.clients.trainer, begin),
+        )
         > 1e-3
     )
 
 
 @STACK_FIRST
 def test_pfedme_without_lam_leaves_w_where_it_was(stacked):
-    run, state = small.make_experiment(PFedMe(lam=0.0), train=PLAIN, stacked=stacked)
+    federation, state = small.make_experiment(PFedMe(lam=0.0), train=PLAIN, stacked=stacked)
     begin = small.clone_tree(state.shared)
-    assert small.trees_equal(small.run_rounds(run, state, 2).shared, begin)
+    assert small.trees_equal(small.run_rounds(federation, state, 2).shared, begin)
 
 
 @STACK_FIRST
 def test_beta_carries_parameters_beyond_the_mean_but_not_statistics(stacked):
     how = {"train": PLAIN, "stacked": stacked}
-    run, state = small.make_experiment(PFedMe(), "bn_net", **how)
+    federation, state = small.make_experiment(PFedMe(), "bn_net", **how)
     x = small.clone_tree(state.shared)
     one, two = (ended(PFedMe(beta=b), "bn_net", 1, **how).shared for b in (1.0, 2.0))
-    w = parameters(run.trainer, x)
+    w = parameters(federation.clients.trainer, x)
     assert gap(two, {n: 2 * one[n] - x[n] for n in w}) < 1e-6
     assert all(torch.equal(one[n], two[n]) for n in x if n not in w)
 
 
 def test_pfedme_judges_theta_and_theta_is_not_w():
-    run, state = small.make_experiment(PFedMe(), "bn_net", train=PLAIN)
-    (done,) = run.trainer.train([0], state.shared, {n: v[:1] for n, v in state.personal.items()}, 0)
-    judged = run.algorithm.client_model(run.trainer.model, done.end)
+    federation, state = small.make_experiment(PFedMe(), "bn_net", train=PLAIN)
+    (done,) = federation.clients.trainer.train(
+        [0], state.shared, {n: v[:1] for n, v in state.personal.items()}, 0
+    )
+    judged = federation.algorithm.client_model(federation.clients.trainer.model, done.end)
     theta = owned(done.end.personal)
     assert (
         all(torch.equal(judged[n], v) for n, v in theta.items())
-        and gap(theta, parameters(run.trainer, done.end.shared)) > 1e-4
+        and gap(theta, parameters(federation.clients.trainer, done.end.shared)) > 1e-4
     )
-    assert run.algorithm.evaluate_on == "after_training"
+    assert federation.algorithm.evaluate_on == "after_training"
 
 
 # Per-FedAvg
@@ -368,7 +381,7 @@ def test_pfedme_judges_theta_and_theta_is_not_w():
 class SecondHalves(FedAvg):
     """FedAvg on the second halves of its mini-batches."""
 
-    def phases(self, model, train, round_):
+    def local(self, model, train, round_):
         own = self.loss(model)
 
         def loss(now, start, batch):
@@ -405,7 +418,7 @@ def test_the_two_variants_have_the_gradients_of_the_paper():
         made = small.make_trainer(PerFedAvg(alpha=alpha, variant=variant))
         w = doubles(small.initial_variables(made).shared, 1)
         leaves = {n: v.clone().requires_grad_() for n, v in w.items()}
-        loss = made.algorithm.phases(made.model, made.settings, 0)[0].steps[0].loss
+        loss = made.algorithm.local(made.model, made.settings, 0)[0].steps[0].loss
         value = loss(Variables(leaves, {}), Variables(w, {}), batch(made))
         found[variant] = dict(
             zip(w, torch.autograd.grad(value, list(leaves.values())), strict=True)
@@ -483,9 +496,9 @@ def test_the_step_before_a_test_sees_training_samples_alone(stacked):
 
 
 def test_the_step_before_a_test_changes_nothing_that_lasts():
-    run, state = small.make_experiment(PerFedAvg(), "bn_net")
+    federation, state = small.make_experiment(PerFedAvg(), "bn_net")
     before = small.clone_tree(state.shared)
-    run.trainer.evaluate(CLIENTS, state.shared, state.personal, 0)
+    federation.clients.trainer.evaluate(CLIENTS, state.shared, state.personal, 0)
     assert small.trees_equal(state.shared, before)
 
 
@@ -509,10 +522,12 @@ def test_the_three_agree_on_loop_and_stack(algorithm, network):
 @STACK_FIRST
 @pytest.mark.parametrize("algorithm", [APFL(), PFedMe()], ids=["apfl", "pfedme"])
 def test_a_client_outside_the_cohort_keeps_what_it_has(algorithm, stacked):
-    run, state = small.make_experiment(algorithm, participation=0.6, stacked=stacked, train=PLAIN)
-    state, chosen = small.run_rounds(run, state, 2), run.sample_cohort(2)
+    federation, state = small.make_experiment(
+        algorithm, participation=0.6, stacked=stacked, train=PLAIN
+    )
+    state, chosen = small.run_rounds(federation, state, 2), federation.cohorts.sample(2).members
     before = small.clone_tree(state.personal)
-    state = small.run_rounds(run, state, 1)
+    state = small.run_rounds(federation, state, 1)
     for client in CLIENTS:
         moved = [
             not torch.equal(v[client], before[n][client])
@@ -526,8 +541,12 @@ def test_a_client_outside_the_cohort_keeps_what_it_has(algorithm, stacked):
     "algorithm", [APFL(), PFedMe(), PerFedAvg()], ids=["apfl", "pfedme", "perfedavg"]
 )
 def test_uploads_and_downloads_are_the_models_leaves(algorithm):
-    run, state = small.make_experiment(algorithm, "bn_net")
-    assert run.upload_layout.size == numel(state.shared) == numel(run.trainer.model.initial)
+    federation, state = small.make_experiment(algorithm, "bn_net")
+    assert (
+        federation.aggregator.terms.flat.size
+        == numel(state.shared)
+        == numel(federation.clients.trainer.model.initial)
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from tiers import STACK_FIRST, thorough_param
 from torch import nn
 
-from fedlora_mpi.algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from fedlora_mpi.algorithm import (
+    Algorithm,
+    Batch,
+    LocalTraining,
+    Phase,
+    Step,
+    Transport,
+    Variables,
+    phases_of,
+)
 from fedlora_mpi.algorithms.fedamp import FedAMP
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedcac import FedCAC, critical_mask
@@ -55,13 +64,17 @@ def flat(tree):
     return torch.cat([v.flatten() for v in tree.values()])
 
 
-def trained(run, state):
+def trained(federation, state):
     """What the clients bring in this round, by client; the state is left as it is."""
     personal = {
-        n: v[[run.row_of_client[c] for c in run.groups[0]]] for n, v in state.personal.items()
+        n: v[[federation.placement.row_of_client[c] for c in federation.placement.groups[0]]]
+        for n, v in state.personal.items()
     }
     return {
-        d.client: d for d in run.trainer.train(run.groups[0], state.shared, personal, state.round)
+        d.client: d
+        for d in federation.clients.trainer.train(
+            federation.placement.groups[0], state.shared, personal, state.round
+        )
     }
 
 
@@ -94,8 +107,10 @@ def gradient(made, phase, now, batch):
 def test_loop_and_stack_play_alike(algorithm, network):
     outcomes = []
     for stacked in (False, True):
-        run, state = small.make_experiment(algorithm, network, stacked=stacked, participation=0.8)
-        outcomes.append(small.run_rounds(run, state, 3))
+        federation, state = small.make_experiment(
+            algorithm, network, stacked=stacked, participation=0.8
+        )
+        outcomes.append(small.run_rounds(federation, state, 3))
     small.assert_near(outcomes[1].shared, outcomes[0].shared)
     small.assert_near(plain(outcomes[1].personal), plain(outcomes[0].personal))
 
@@ -103,13 +118,13 @@ def test_loop_and_stack_play_alike(algorithm, network):
 @ALL
 @STACK_FIRST
 def test_nothing_of_an_absent_client_changes(algorithm, stacked):
-    run, state = small.make_experiment(
+    federation, state = small.make_experiment(
         algorithm, "bn_net", participation=0.6, stacked=stacked, group_size=2
     )
-    state = small.run_rounds(run, state, 1)
-    before, chosen = small.clone_tree(state.personal), run.sample_cohort(1)
-    state = small.run_rounds(run, state, 1)
-    for client, at in run.row_of_client.items():
+    state = small.run_rounds(federation, state, 1)
+    before, chosen = small.clone_tree(state.personal), federation.cohorts.sample(1).members
+    state = small.run_rounds(federation, state, 1)
+    for client, at in federation.placement.row_of_client.items():
         same = {n for n, v in state.personal.items() if torch.equal(v[at], before[n][at])}
         assert (same == set(before)) == (client not in chosen)
     assert 0 < len(chosen) < 5
@@ -124,10 +139,12 @@ def test_one_client_alone_trains_as_without_a_mix(algorithm):
         algorithm = FedAMP(lam=0)
     ends = []
     for one in (algorithm, plain_one):
-        run, state = small.make_experiment(one, "bn_net", sizes=(11,))
-        state = small.run_rounds(run, state, 3)
+        federation, state = small.make_experiment(one, "bn_net", sizes=(11,))
+        state = small.run_rounds(federation, state, 3)
         ends.append(
-            one.client_model(run.trainer.model, Variables(state.shared, row(state.personal, 0)))
+            one.client_model(
+                federation.clients.trainer.model, Variables(state.shared, row(state.personal, 0))
+            )
         )
     assert {n: torch.equal(v, ends[1][n]) for n, v in ends[0].items()} == dict.fromkeys(
         ends[1], True
@@ -184,8 +201,8 @@ def test_leaves_under_a_prefix_are_those_that_were_put_there():
 def test_fedamp_without_penalty_is_local(network, stacked):
     ends = []
     for algorithm in (FedAMP(lam=0), Local()):
-        run, state = small.make_experiment(algorithm, network, stacked=stacked)
-        ends.append(small.run_rounds(run, state, 3).personal)
+        federation, state = small.make_experiment(algorithm, network, stacked=stacked)
+        ends.append(small.run_rounds(federation, state, 3).personal)
     assert all(torch.equal(v, ends[0][n]) for n, v in ends[1].items())
 
 
@@ -194,8 +211,8 @@ def test_fedamp_without_penalty_is_local(network, stacked):
 def test_fedamp_is_not_local(stacked, how):
     ends = []
     for algorithm in (FedAMP(alpha=1.0, **how), Local()):
-        run, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
-        ends.append(small.run_rounds(run, state, 2).personal)
+        federation, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
+        ends.append(small.run_rounds(federation, state, 2).personal)
     gaps = {n: (v - ends[0][n]).abs().max() for n, v in ends[1].items()}
     assert min(gaps.values()) > 1e-4
 
@@ -208,7 +225,7 @@ def test_the_penalty_of_fedamp_has_gradient_lam_over_alpha_times_the_gap():
     now = Variables({}, start | {n: start[n] + d for n, d in delta.items()})
 
     def of(a):
-        return gradient(made, a.phases(made.model, made.settings, round_)[0], now, batch_of(made))
+        return gradient(made, a.local(made.model, made.settings, round_)[0], now, batch_of(made))
 
     (full, value), (fit, plain_value) = of(algorithm), of(replace(algorithm, lam=0))
     strength = 0.7 / (3 * 0.25)
@@ -277,7 +294,7 @@ FEDAMPS = [
 @pytest.mark.parametrize("round_", [0, 2])
 def test_the_weights_of_fedamp_are_those_of_the_formulas(algorithm, round_):
     rows = numbers(5, 37) + torch.arange(5)[:, None] * 0.3
-    keys = rows.double() - rows.double().mean(0) if algorithm.center_keys else rows
+    keys = rows.double() - rows.double().mean(0) if not algorithm.heuristic else rows
     xi = algorithm.mix(gram_of(keys), torch.zeros(5, 0), round_)
     torch.testing.assert_close(xi, direct_xi(rows, algorithm, round_), rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(xi.sum(1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -296,29 +313,34 @@ def test_fedamp_with_a_tiny_sigma_mixes_nothing():
 
 
 def test_the_key_of_fedamp_is_centred_for_distances_alone():
-    assert FedAMP().center_keys and not FedAMP(heuristic=True).center_keys
+    v = FedAMP().init(small.make_model(), None)
+    assert FedAMP().upload(v, v, 0).mix.centered
+    assert not FedAMP(heuristic=True).upload(v, v, 0).mix.centered
 
 
 @STACK_FIRST
 @pytest.mark.parametrize("how", [{}, {"heuristic": True, "sigma": 2.0}])
 def test_the_cloud_models_are_the_mix_of_the_trained_parameters(stacked, how):
     algorithm = FedAMP(**{"alpha": 30, "sigma": 20, **how})
-    run, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
-    state = small.run_rounds(run, state, 1)
-    done = trained(run, state)
-    after = small.run_rounds(run, state, 1)
+    federation, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
+    state = small.run_rounds(federation, state, 1)
+    done = trained(federation, state)
+    after = small.run_rounds(federation, state, 1)
     rows = torch.stack(
-        [flat({n: done[c].end.personal[n] for n in parameters(run.trainer)}) for c in range(5)]
+        [
+            flat({n: done[c].end.personal[n] for n in parameters(federation.clients.trainer)})
+            for c in range(5)
+        ]
     )
     xi = direct_xi(rows, algorithm, 1)
     assert (xi - torch.eye(5)).abs().max() > 0.05
-    for client, at in run.row_of_client.items():
+    for client, at in federation.placement.row_of_client.items():
         cloud = {
             n.removeprefix(".cloud."): v[at]
             for n, v in after.personal.items()
             if n.startswith(".cloud.")
         }
-        assert list(cloud) == list(parameters(run.trainer))  # no statistics
+        assert list(cloud) == list(parameters(federation.clients.trainer))  # no statistics
         torch.testing.assert_close(
             flat(cloud), (xi[client] @ rows.double()).float(), rtol=1e-6, atol=1e-8
         )
@@ -329,9 +351,9 @@ def test_the_cloud_models_are_the_mix_of_the_trained_parameters(stacked, how):
 
 @STACK_FIRST
 def test_the_cloud_model_stays_where_it_is_while_its_client_trains(stacked):
-    run, state = small.make_experiment(FedAMP(alpha=0.5), "bn_net", stacked=stacked)
-    for done in trained(run, small.run_rounds(run, state, 1)).values():
-        for name in parameters(run.trainer):
+    federation, state = small.make_experiment(FedAMP(alpha=0.5), "bn_net", stacked=stacked)
+    for done in trained(federation, small.run_rounds(federation, state, 1)).values():
+        for name in parameters(federation.clients.trainer):
             assert torch.equal(
                 done.end.personal[f".cloud.{name}"], done.start.personal[f".cloud.{name}"]
             )
@@ -340,11 +362,11 @@ def test_the_cloud_model_stays_where_it_is_while_its_client_trains(stacked):
 
 @pytest.mark.parametrize("how", [{}, {"convex": False}, {"heuristic": True, "sigma": 25.0}])
 def test_identical_clients_of_fedamp_are_their_own_cloud(how):
-    run, state = small.make_experiment(
+    federation, state = small.make_experiment(
         FedAMP(**how), sizes=(6, 6, 6), same_sample=True, group_size=1
     )
-    state = small.run_rounds(run, state, 2)
-    for name, value in parameters(run.trainer).items():
+    state = small.run_rounds(federation, state, 2)
+    for name, value in parameters(federation.clients.trainer).items():
         assert torch.equal(state.personal[f".cloud.{name}"], state.personal[name])
         assert not torch.equal(state.personal[name][0], value)
 
@@ -352,25 +374,32 @@ def test_identical_clients_of_fedamp_are_their_own_cloud(how):
 @STACK_FIRST
 def test_training_starts_at_the_own_model_or_at_the_cloud(stacked):
     for start in ("own", "cloud"):
-        run, state = small.make_experiment(
+        federation, state = small.make_experiment(
             FedAMP(start=start, heuristic=True, sigma=1.0), "bn_net", stacked=stacked
         )
-        state = small.run_rounds(run, state, 1)
+        state = small.run_rounds(federation, state, 1)
         before = small.clone_tree(state.personal)
-        for client, done in trained(run, state).items():
-            at = run.row_of_client[client]
-            for name in run.trainer.model.initial:
+        for client, done in trained(federation, state).items():
+            at = federation.placement.row_of_client[client]
+            for name in federation.clients.trainer.model.initial:
                 there = (
                     f".cloud.{name}" if start == "cloud" and f".cloud.{name}" in before else name
                 )
                 assert torch.equal(done.start.personal[name], before[there][at])
-        assert any((before[f".cloud.{n}"] != before[n]).any() for n in parameters(run.trainer))
+        assert any(
+            (before[f".cloud.{n}"] != before[n]).any()
+            for n in parameters(federation.clients.trainer)
+        )
 
 
 def test_fedamp_sends_its_parameters_up_and_receives_as_many():
-    run, state = small.make_experiment(FedAMP(), "bn_net", participation=0.6)
-    _, metrics, _ = run_round(run, state, evaluate=True, stop=False)
-    assert metrics["bytes_up"] == metrics["bytes_down"] == 3 * 4 * numel(parameters(run.trainer))
+    federation, state = small.make_experiment(FedAMP(), "bn_net", participation=0.6)
+    _, metrics, _ = run_round(federation, state, evaluate=True, stop=False)
+    assert (
+        metrics["bytes_up"]
+        == metrics["bytes_down"]
+        == 3 * 4 * numel(parameters(federation.clients.trainer))
+    )
     assert metrics["accuracy"] == metrics["accuracy_aggregated"]  # the mix moves no w
 
 
@@ -382,8 +411,12 @@ def test_fedamp_sends_its_parameters_up_and_receives_as_many():
 def test_fedcac_without_critical_entries_is_fedavg(stacked, weights):
     ends = []
     for algorithm in (FedCAC(tau=0, bn_stats="mean", weights=weights), FedAvg(weights=weights)):
-        run, state = small.make_experiment(algorithm, "bn_net", stacked=stacked, participation=0.8)
-        ends.append(run_round(run, small.run_rounds(run, state, 2), evaluate=True, stop=False))
+        federation, state = small.make_experiment(
+            algorithm, "bn_net", stacked=stacked, participation=0.8
+        )
+        ends.append(
+            run_round(federation, small.run_rounds(federation, state, 2), evaluate=True, stop=False)
+        )
     assert small.trees_equal(ends[0][0].shared, ends[1][0].shared)
     assert (ends[0][2]["accuracy"] == ends[1][2]["accuracy"]).all()
 
@@ -392,8 +425,8 @@ def test_fedcac_without_critical_entries_is_fedavg(stacked, weights):
 def test_fedcac_is_not_fedavg(stacked):
     ends = []
     for algorithm in (FedCAC(bn_stats="mean"), FedAvg()):
-        run, state = small.make_experiment(algorithm, stacked=stacked)
-        ends.append(small.run_rounds(run, state, 2).shared)
+        federation, state = small.make_experiment(algorithm, stacked=stacked)
+        ends.append(small.run_rounds(federation, state, 2).shared)
     assert min((v - ends[0][n]).abs().max() for n, v in ends[1].items()) > 1e-4
 
 
@@ -482,9 +515,9 @@ def test_equal_overlaps_are_no_prey_of_rounding(clients):
 
 
 def test_with_all_entries_critical_the_mix_is_the_uniform_mean():
-    run, state = small.make_experiment(FedCAC(tau=1.0), "bn_net", sizes=(11, 7, 6, 5, 3))
-    done = trained(run, state)
-    after = small.run_rounds(run, state, 1)
+    federation, state = small.make_experiment(FedCAC(tau=1.0), "bn_net", sizes=(11, 7, 6, 5, 3))
+    done = trained(federation, state)
+    after = small.run_rounds(federation, state, 1)
     for name, value in after.shared.items():
         w = torch.stack([done[c].end.shared[name] for c in range(5)]).double()
         uniform = w.mean(0).float()
@@ -499,11 +532,11 @@ def test_with_all_entries_critical_the_mix_is_the_uniform_mean():
 @STACK_FIRST
 def test_the_next_start_is_the_mix_where_critical_and_the_mean_elsewhere(stacked):
     algorithm = FedCAC(tau=0.3, beta=20)
-    run, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
-    state = small.run_rounds(run, state, 1)
-    done = trained(run, state)
-    after = small.run_rounds(run, state, 1)
-    begun, names = trained(run, after), list(parameters(run.trainer))
+    federation, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
+    state = small.run_rounds(federation, state, 1)
+    done = trained(federation, state)
+    after = small.run_rounds(federation, state, 1)
+    begun, names = trained(federation, after), list(parameters(federation.clients.trainer))
     masks = {
         c: {n: critical_mask(done[c].start.shared[n], done[c].end.shared[n], 0.3) for n in names}
         for c in range(5)
@@ -517,9 +550,9 @@ def test_the_next_start_is_the_mix_where_critical_and_the_mean_elsewhere(stacked
             expected = torch.where(masks[c][name], mixes[c], after.shared[name])
             torch.testing.assert_close(begun[c].start.shared[name], expected, rtol=1e-6, atol=1e-8)
             assert masks[c][name].sum() == int(0.3 * masks[c][name].numel())
-    model = run.trainer.model  # what is evaluated is what the next round starts from
+    model = federation.clients.trainer.model  # what is evaluated is what the next round starts from
     for c in range(5):
-        v = Variables(after.shared, row(after.personal, run.row_of_client[c]))
+        v = Variables(after.shared, row(after.personal, federation.placement.row_of_client[c]))
         seen = algorithm.client_model(model, v)
         assert set(seen) == set(model.initial)
         assert all(torch.equal(seen[n], begun[c].start.shared[n]) for n in names)
@@ -530,12 +563,15 @@ def test_the_next_start_is_the_mix_where_critical_and_the_mean_elsewhere(stacked
 @STACK_FIRST
 @pytest.mark.parametrize("bn_stats", ["local", "mean"])
 def test_fedcac_trains_all_entries_as_fedavg_does_from_the_same_start(stacked, bn_stats):
-    run, state = small.make_experiment(FedCAC(bn_stats=bn_stats), "bn_net", stacked=stacked)
-    state = small.run_rounds(run, state, 1)
+    federation, state = small.make_experiment(FedCAC(bn_stats=bn_stats), "bn_net", stacked=stacked)
+    state = small.run_rounds(federation, state, 1)
     plain_trainer = small.make_trainer(FedAvg(), "bn_net", stacked=False)
-    for client, done in trained(run, state).items():
+    for client, done in trained(federation, state).items():
         start = small.clone_tree(
-            {n: (done.start.shared | done.start.personal)[n] for n in run.trainer.model.initial}
+            {
+                n: (done.start.shared | done.start.personal)[n]
+                for n in federation.clients.trainer.model.initial
+            }
         )
         (reference,) = plain_trainer.train([client], start, {}, state.round)
         small.assert_near(
@@ -544,14 +580,14 @@ def test_fedcac_trains_all_entries_as_fedavg_does_from_the_same_start(stacked, b
 
 
 def test_beyond_beta_critical_entries_are_the_clients_own():
-    run, state = small.make_experiment(FedCAC(beta=1), "bn_net")
-    state = small.run_rounds(run, state, 1)
-    done = trained(run, state)
-    after = small.run_rounds(run, state, 1)
-    begun = trained(run, after)
+    federation, state = small.make_experiment(FedCAC(beta=1), "bn_net")
+    state = small.run_rounds(federation, state, 1)
+    done = trained(federation, state)
+    after = small.run_rounds(federation, state, 1)
+    begun = trained(federation, after)
     for c in range(5):
-        for name in parameters(run.trainer):
-            mask = after.personal[f".critical.{name}"][run.row_of_client[c]]
+        for name in parameters(federation.clients.trainer):
+            mask = after.personal[f".critical.{name}"][federation.placement.row_of_client[c]]
             start = begun[c].start.shared[name]
             assert torch.equal(start[mask], done[c].end.shared[name][mask])
             assert torch.equal(start[~mask], after.shared[name][~mask])
@@ -560,23 +596,29 @@ def test_beyond_beta_critical_entries_are_the_clients_own():
 def test_identical_clients_of_fedcac_are_fedavg():
     ends = []
     for algorithm in (FedCAC(bn_stats="mean"), FedAvg()):
-        run, state = small.make_experiment(
+        federation, state = small.make_experiment(
             algorithm, "bn_net", sizes=(6, 6, 6), same_sample=True, group_size=1
         )
-        ends.append(small.run_rounds(run, state, 3).shared)
+        ends.append(small.run_rounds(federation, state, 3).shared)
     assert small.trees_equal(*ends)
 
 
 def test_statistics_of_fedcac_stay_or_are_averaged():
     for bn_stats in ("local", "mean"):
-        run, state = small.make_experiment(FedCAC(bn_stats=bn_stats), "bn_net")
-        stats = {n for n in run.trainer.model.initial if run.trainer.model.role(n) == "stats"}
-        state = small.run_rounds(run, state, 1)
+        federation, state = small.make_experiment(FedCAC(bn_stats=bn_stats), "bn_net")
+        stats = {
+            n
+            for n in federation.clients.trainer.model.initial
+            if federation.clients.trainer.model.role(n) == "stats"
+        }
+        state = small.run_rounds(federation, state, 1)
         assert (
             stats <= set(state.shared if bn_stats == "mean" else state.personal)
             and len(stats) == 12
         )
-        assert (stats & set(run.upload_layout.shapes)) == (stats if bn_stats == "mean" else set())
+        assert (stats & set(federation.aggregator.terms.flat.shapes)) == (
+            stats if bn_stats == "mean" else set()
+        )
         assert not any(
             f".{prefix}.{n}" in state.personal for n in stats for prefix in ("own", "critical")
         )
@@ -585,9 +627,9 @@ def test_statistics_of_fedcac_stay_or_are_averaged():
 
 
 def test_fedcac_sends_its_leaves_once_and_a_bit_for_each():
-    run, state = small.make_experiment(FedCAC(), "bn_net")
-    size = numel(parameters(run.trainer))
-    _, metrics, _ = run_round(run, state, evaluate=False, stop=False)
+    federation, state = small.make_experiment(FedCAC(), "bn_net")
+    size = numel(parameters(federation.clients.trainer))
+    _, metrics, _ = run_round(federation, state, evaluate=False, stop=False)
     assert metrics["bytes_up"] == 5 * (4 * size + -(-size // 8))
     assert metrics["bytes_down"] == 5 * 2 * 4 * size
 
@@ -603,7 +645,7 @@ class Alternating(Algorithm):
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
         return Variables(body, head)
 
-    def phases(self, model, train, round_):
+    def local(self, model, train, round_):
         loss, head = self.loss(model), lambda leaf: model.role(leaf) == "head"
         return (
             Phase(1, (Step(loss, head, sgd=lambda s: s._replace(lr=0.1)),)),
@@ -627,8 +669,8 @@ class OwnHeads(FedPAC):
 def test_fedpac_without_pull_and_mix_is_alternating_training(network, stacked):
     ends = []
     for algorithm in (OwnHeads(lam=0), Alternating()):
-        run, state = small.make_experiment(algorithm, network, stacked=stacked)
-        ends.append(small.run_rounds(run, state, 3))
+        federation, state = small.make_experiment(algorithm, network, stacked=stacked)
+        ends.append(small.run_rounds(federation, state, 3))
     for part in ("shared", "personal"):
         found, expected = (getattr(end, part) for end in ends)
         assert all(torch.equal(found[n], v) for n, v in expected.items())
@@ -638,24 +680,34 @@ def test_fedpac_without_pull_and_mix_is_alternating_training(network, stacked):
 def test_the_pull_begins_in_round_2(stacked):
     ends = {}
     for lam in (0.0, 1.0):
-        run, state = small.make_experiment(OwnHeads(lam=lam), "bn_net", stacked=stacked)
-        ends[lam] = [small.run_rounds(run, state, 1)]
+        federation, state = small.make_experiment(OwnHeads(lam=lam), "bn_net", stacked=stacked)
+        ends[lam] = [small.run_rounds(federation, state, 1)]
         ends[lam].append(
             small.run_rounds(
-                run, ends[lam][0]._replace(personal=small.clone_tree(ends[lam][0].personal)), 1
+                federation,
+                ends[lam][0]._replace(personal=small.clone_tree(ends[lam][0].personal)),
+                1,
             )
         )
     assert small.trees_equal(ends[0.0][0].shared, ends[1.0][0].shared)
-    body = [n for n in run.trainer.model.initial if run.trainer.model.role(n) == "body"]
+    body = [
+        n
+        for n in federation.clients.trainer.model.initial
+        if federation.clients.trainer.model.role(n) == "body"
+    ]
     assert min((ends[0.0][1].shared[n] - ends[1.0][1].shared[n]).abs().max() for n in body) > 1e-4
 
 
 def test_the_heads_of_fedpac_are_mixed():
     ends = []
     for kind in (OwnHeads, FedPAC):
-        run, state = small.make_experiment(kind(lam=0), "bn_net")
-        ends.append(small.run_rounds(run, state, 1))
-    heads = [n for n in run.trainer.model.initial if run.trainer.model.role(n) == "head"]
+        federation, state = small.make_experiment(kind(lam=0), "bn_net")
+        ends.append(small.run_rounds(federation, state, 1))
+    heads = [
+        n
+        for n in federation.clients.trainer.model.initial
+        if federation.clients.trainer.model.role(n) == "head"
+    ]
     assert small.trees_equal(ends[0].shared, ends[1].shared) and len(heads) == 2
     assert all((ends[0].personal[n] - ends[1].personal[n]).abs().max() > 1e-3 for n in heads)
 
@@ -684,7 +736,7 @@ def test_the_pull_reaches_the_body_and_not_the_head():
     now = Variables(start.shared | {".class.means": means, ".class.shares": shares}, start.personal)
     grads, values = {}, {}
     for lam in (0.0, 2.0):
-        phase = FedPAC(lam=lam).phases(made.model, made.settings, 1)[1]
+        _, phase = phases_of(FedPAC(lam=lam).local(made.model, made.settings, 1))
         grads[lam], values[lam] = gradient(made, phase, now, batch_of(made))
     batch = batch_of(made)
     body = {
@@ -717,14 +769,14 @@ def direct_statistics(model, weights, x, y, classes):
 @NETWORKS
 @STACK_FIRST
 def test_h_and_v_are_those_of_the_paper(network, stacked):
-    run, state = small.make_experiment(FedPAC(), network, stacked=stacked)
-    state = small.run_rounds(run, state, 1)
-    model = run.trainer.model.eval_mode()
-    for client, done in trained(run, state).items():
-        data = run.trainer.feed.unshuffled_batch([client], all_samples=True)
-        v = Variables(state.shared, row(state.personal, run.row_of_client[client]))
+    federation, state = small.make_experiment(FedPAC(), network, stacked=stacked)
+    state = small.run_rounds(federation, state, 1)
+    model = federation.clients.trainer.model.eval_mode()
+    for client, done in trained(federation, state).items():
+        data = federation.clients.trainer.feed.unshuffled_batch([client], all_samples=True)
+        v = Variables(state.shared, row(state.personal, federation.placement.row_of_client[client]))
         h, variance = direct_statistics(
-            model, run.algorithm.client_model(model, v), data.x[0], data.y[0], 6
+            model, federation.algorithm.client_model(model, v), data.x[0], data.y[0], 6
         )
         found = done.start.personal
         torch.testing.assert_close(found[".own.means"].double(), h, rtol=1e-5, atol=1e-6)
@@ -750,13 +802,13 @@ def test_features_in_pieces_are_the_features(monkeypatch):
 
 @pytest.mark.parametrize("participation", [1.0, 0.6])
 def test_the_class_means_are_those_of_all_samples_of_the_cohort(participation):
-    run, state = small.make_experiment(FedPAC(), "bn_net", participation=participation)
-    done, chosen = trained(run, state), run.sample_cohort(0)
-    after = small.run_rounds(run, state, 1)
-    model, features, labels = run.trainer.model.eval_mode(), [], []
+    federation, state = small.make_experiment(FedPAC(), "bn_net", participation=participation)
+    done, chosen = trained(federation, state), federation.cohorts.sample(0).members
+    after = small.run_rounds(federation, state, 1)
+    model, features, labels = federation.clients.trainer.model.eval_mode(), [], []
     for client in chosen:
-        data = run.trainer.feed.unshuffled_batch([client], all_samples=True)
-        end = run.algorithm.client_model(model, done[client].end)
+        data = federation.clients.trainer.feed.unshuffled_batch([client], all_samples=True)
+        end = federation.algorithm.client_model(model, done[client].end)
         features.append(model.features(end, data.x[0]))
         labels.append(data.y[0])
     z, y = torch.cat(features), torch.cat(labels)
@@ -854,10 +906,10 @@ def test_small_weights_of_heads_become_zero_but_never_all():
 
 
 def test_identical_clients_share_heads_evenly():
-    run, state = small.make_experiment(
+    federation, state = small.make_experiment(
         FedPAC(), "bn_net", sizes=(6, 6, 6), same_sample=True, group_size=1
     )
-    state = small.run_rounds(run, state, 2)
+    state = small.run_rounds(federation, state, 2)
     assert all(torch.equal(v[0], v[1]) and torch.equal(v[0], v[2]) for v in state.personal.values())
     h, variance = state.personal[".own.means"].flatten(1), state.personal[".own.variance"]
     weights = FedPAC().mix(gram_of(h - h.mean(0)), variance.double(), 0)
@@ -872,9 +924,9 @@ def test_each_phase_of_fedpac_moves_its_part_alone(stacked):
         made = small.make_trainer(FedPAC(**epochs), "bn_net", stacked=stacked)
         if phase == "head":
             only = type(
-                "Only", (FedPAC,), {"phases": lambda s, m, t, r: FedPAC.phases(s, m, t, r)[:1]}
+                "Only", (FedPAC,), {"local": lambda s, m, t, r: FedPAC.local(s, m, t, r)[:2]}
             )
-            made = replace(made, algorithm=only(head_epochs=2))
+            made = replace(made, transport=Transport(only(head_epochs=2)))
         start = small.initial_variables(made)
         for done in made.train(range(5), start.shared, small.repeat_rows(start.personal, 5), 1):
             before, after = (v.shared | v.personal for v in (done.start, done.end))
@@ -905,15 +957,18 @@ def test_the_head_takes_its_own_learning_rate():
 
 
 def test_fedpac_sends_body_head_and_statistics():
-    run, state = small.make_experiment(FedPAC(), "bn_net")
-    model = run.trainer.model
+    federation, state = small.make_experiment(FedPAC(), "bn_net")
+    model = federation.clients.trainer.model
     classes, d = model.leaves[f"{model.head}.weight"].shape
-    _, metrics, _ = run_round(run, state, evaluate=False, stop=False)
+    _, metrics, _ = run_round(federation, state, evaluate=False, stop=False)
     whole = numel(model.initial)
     assert metrics["bytes_up"] == 5 * 4 * (whole + classes * (2 * d + 1) + 1)
     assert metrics["bytes_down"] == 5 * 4 * (whole + classes * (d + 1))
     heads = {n for n in model.initial if model.role(n) == "head"}
-    assert not heads & set(run.upload_layout.shapes) and set(run.mixing.row_layout.shapes) == heads
+    assert (
+        not heads & set(federation.aggregator.terms.flat.shapes)
+        and set(federation.aggregator.mixing.row_layout.shapes) == heads
+    )
 
 
 def test_fedpac_needs_a_linear_classifier():
@@ -922,5 +977,5 @@ def test_fedpac_needs_a_linear_classifier():
         (nn.Sequential(nn.Conv2d(3, 6, (7, 5)), nn.Flatten()), 6),
         (nn.Flatten(), 105),
     ):
-        with pytest.raises(ValueError, match="needs a model with a body and a Linear classifier"):
+        with pytest.raises(ValueError, match="needs a network with a body and a Linear classifier"):
             FedPAC().check(from_module(module, classes, small.SHAPE), LocalTraining())

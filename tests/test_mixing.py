@@ -3,7 +3,7 @@ and the right one."""
 
 import itertools
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tiers import thorough_param
 from fedlora_mpi.aggregation import client_mix as mixing
 from fedlora_mpi.aggregation.client_mix import BLOCK, Mixing
 from fedlora_mpi.aggregation.exact_sum import LIMIT
-from fedlora_mpi.algorithm import Algorithm, Mix, Variables
+from fedlora_mpi.algorithm import Algorithm, Mix, Upload, Variables
 from fedlora_mpi.algorithms.fedamp import FedAMP
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedcac import FedCAC
@@ -86,40 +86,40 @@ def on_ranks(works):
 class Plain(Algorithm):
     """Offers "u" [D], under the key "k" [K] and with the numbers "a" [3] where there are any."""
 
-    center_keys: bool = False
+    centered: bool = False
     seen: tuple = ()  # lists that collect what the server sees
     weights_are: torch.Tensor | None = None
 
     def init(self, model, rng):
         return Variables({}, model)
 
-    def phases(self, model, train, round_):
+    def local(self, model, train, round_):
         return ()
 
     def client_model(self, model, v):
         return v.personal
 
-    def upload(self, start, end):
-        return {}
+    def upload(self, start, end, round_):
+        return Upload(mix=self.offered(end.personal))
 
-    def offer(self, start, end):
-        return Mix({"u": end.personal["u"]}, end.personal.get("k"), end.personal.get("a"))
+    def offered(self, own):
+        return Mix({"u": own["u"]}, own.get("k"), own.get("a"), self.centered)
 
-    def mix(self, gram, aux, round_):
+    def mix(self, gram, extra, round_):
         for into in self.seen:
-            into.append((gram, aux, round_))
+            into.append((gram, extra, round_))
         if self.weights_are is not None:
             return self.weights_are
-        return torch.softmax(gram / gram.abs().max() + aux.sum(1) + round_, 1)
+        return torch.softmax(gram / gram.abs().max() + extra.sum(1) + round_, 1)
 
 
-def vectors(clients, size, key=None, aux=None, scale=1.0):
+def vectors(clients, size, key=None, extra=None, scale=1.0):
     """{client: its variables}."""
 
     def draw(what, c, n):
         return scale * torch.randn(n, generator=rng(1, "test", what, c, n))
 
-    parts = {"u": size, "k": key, "a": aux}
+    parts = {"u": size, "k": key, "a": extra}
     return {
         c: Variables({}, {name: draw(name, c, n) for name, n in parts.items() if n is not None})
         for c in clients
@@ -142,7 +142,7 @@ def mixed(
 
     def work(comm):
         mine = [c for c in chosen if rank_of[c] == comm.rank]
-        packed = {c: how.pack(algorithm.offer(offered[c], offered[c])) for c in mine}
+        packed = {c: how.pack(algorithm.offered(offered[c].personal)) for c in mine}
         found = how.mix(comm, algorithm, packed, chosen, round_)
         assert set(found) == set(mine)
         return {c: rows["u"] for c, rows in found.items()}, getattr(comm, "bytes_sent", 0)
@@ -159,10 +159,10 @@ SIZES = [1, BLOCK - 1, BLOCK, 2 * BLOCK + 13]
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("key, aux", [(None, None), (7, 3), (BLOCK + 1, None)])
-def test_every_route_gives_the_same_bits_on_any_number_of_ranks(size, key, aux):
-    offered = vectors(range(5), size, key, aux)
-    algorithm = Plain(center_keys=key is None and size > 1)
+@pytest.mark.parametrize("key, extra", [(None, None), (7, 3), (BLOCK + 1, None)])
+def test_every_route_gives_the_same_bits_on_any_number_of_ranks(size, key, extra):
+    offered = vectors(range(5), size, key, extra)
+    algorithm = Plain(centered=key is None and size > 1)
     alone, _ = mixed(algorithm, offered)
     for ranks in (1, 2, 3):
         for route in ("root", "spread"):
@@ -205,22 +205,22 @@ def test_every_worker_gets_an_equal_part_by_the_spread_route(monkeypatch):
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("key", [None, 4 * 7 + 5])
-def test_the_gram_matrix_is_the_direct_product_of_the_keys(monkeypatch, ranks, centred, key):
+def test_the_gram_matrix_is_the_direct_product_of_the_keys(monkeypatch, ranks, centered, key):
     monkeypatch.setattr(mixing, "BLOCK", 7)
     seen, offered = [], vectors(range(5), 2 * 7 + 3, key, 3)
-    mixed(Plain(center_keys=centred, seen=(seen,)), offered, ranks=ranks, route="spread")
+    mixed(Plain(centered=centered, seen=(seen,)), offered, ranks=ranks, route="spread")
     assert len(seen) == ranks  # every rank works the weights out
     keys = torch.stack([v.personal["k" if key else "u"] for v in offered.values()]).double()
-    keys = keys - keys.mean(0) if centred else keys
-    for gram, aux, round_ in seen:
-        assert gram.dtype == aux.dtype == torch.float64 and round_ == 2
+    keys = keys - keys.mean(0) if centered else keys
+    for gram, extra, round_ in seen:
+        assert gram.dtype == extra.dtype == torch.float64 and round_ == 2
         assert torch.equal(gram, seen[0][0])
         torch.testing.assert_close(
             gram, keys @ keys.T, rtol=0, atol=1e-14 * keys.square().sum().item()
         )
-        assert torch.equal(aux, torch.stack([v.personal["a"] for v in offered.values()]).double())
+        assert torch.equal(extra, torch.stack([v.personal["a"] for v in offered.values()]).double())
 
 
 def test_distances_of_close_models_survive_the_gram_matrix_when_centred():
@@ -231,12 +231,14 @@ def test_distances_of_close_models_survive_the_gram_matrix_when_centred():
     rows = torch.stack([v.personal["u"] for v in offered.values()])
     direct = (rows[:, None].double() - rows.double()).square().sum(2)
     gap = {}
-    for centred, into in seen.items():
-        mixed(Plain(center_keys=centred, seen=(into,)), offered)
+    for centered, into in seen.items():
+        mixed(Plain(centered=centered, seen=(into,)), offered)
         gram = into[0][0]
         square = gram.diagonal()
         distance = square[:, None] + square - 2 * gram
-        gap[centred] = ((distance - direct).abs() / direct.clamp(min=1e-12)).fill_diagonal_(0).max()
+        gap[centered] = (
+            ((distance - direct).abs() / direct.clamp(min=1e-12)).fill_diagonal_(0).max()
+        )
     assert gap[True] < 1e-12 < 1e-9 < gap[False]
 
 
@@ -280,7 +282,7 @@ def test_a_packed_offer_is_a_copy():
     for algorithm, size in ((Plain(), 1), (Plain(), 5)):
         v = vectors([0], size, 2, 3)[0]
         how = Mixing.of(algorithm, v, [0], [0], "root")
-        packed = how.pack(algorithm.offer(v, v))
+        packed = how.pack(algorithm.offered(v.personal))
         before = [part.clone() for part in packed]
         for leaf in v.personal.values():
             leaf.zero_()
@@ -295,7 +297,7 @@ def test_an_offer_that_cannot_be_summed_does_not_fit(leaf):
     how = Mixing.of(Plain(), v, [0], [0], "root")
 
     def fits():
-        return how.pack(Plain().offer(v, v)).is_summable()
+        return how.pack(Plain().offered(v.personal)).is_summable()
 
     assert fits()
     for bad in (float("nan"), float("inf")):
@@ -317,14 +319,14 @@ def test_auto_takes_small_vectors_to_rank_0_and_spreads_large_ones(monkeypatch):
 
 
 def test_an_algorithm_without_an_offer_has_no_mixing():
-    assert small.make_experiment(FedAvg(), sizes=(3,))[0].mixing is None
-    assert small.make_experiment(FedAMP(), sizes=(3,))[0].mixing is not None
+    assert small.make_experiment(FedAvg(), sizes=(3,))[0].aggregator.mixing is None
+    assert small.make_experiment(FedAMP(), sizes=(3,))[0].aggregator.mixing is not None
 
 
 @pytest.mark.parametrize("route", ["root", "spread"])
-@pytest.mark.parametrize("key, aux", [(None, None), (11, 3)])
-def test_the_bytes_handed_to_mpi_are_those_that_are_reported(route, key, aux):
-    offered = vectors(range(5), 2 * BLOCK + 3, key, aux)
+@pytest.mark.parametrize("key, extra", [(None, None), (11, 3)])
+def test_the_bytes_handed_to_mpi_are_those_that_are_reported(route, key, extra):
+    offered = vectors(range(5), 2 * BLOCK + 3, key, extra)
     for chosen in ([0, 1, 2, 3, 4], [1, 4]):
         _, moved = mixed(Plain(), offered, chosen, ranks=3, route=route)
         how = Mixing.of(Plain(), offered[0], [0] * 5, range(3), route)
@@ -335,12 +337,10 @@ def test_the_bytes_handed_to_mpi_are_those_that_are_reported(route, key, aux):
 class Counted(Plain):
     """A bool for a key, rows of which one is uploaded anyway."""
 
-    def upload(self, start, end):
-        return {"u": end.personal["u"]}
-
-    def offer(self, start, end):
+    def upload(self, start, end, round_):
         rows = {"x": end.personal["u"], "y": end.personal["a"]}
-        return Mix(rows, end.personal["u"] > 0, end.personal["a"])
+        mix = Mix(rows, end.personal["u"] > 0, end.personal["a"])
+        return Upload(mean={"u": end.personal["u"]}, mix=mix)
 
 
 def test_a_leaf_that_is_uploaded_anyway_costs_nothing_and_a_bool_costs_a_bit():
@@ -354,28 +354,16 @@ def test_a_leaf_that_is_uploaded_anyway_costs_nothing_and_a_bool_costs_a_bit():
 # Whole rounds
 
 
-def federation(algorithm, ranks, route, server, participation=1.0):
-    """[(Run, State)] of every rank, groups of two clients."""
-    made = []
-    for _ in range(ranks):  # one by one: building draws from a global generator
-        run, _ = small.make_experiment(
-            algorithm, "bn_net", group_size=2, participation=participation
-        )
-        workers = range(1 if server else 0, ranks)
-        host = tuple(workers[-1 - i % len(workers)] for i in range(len(run.groups)))
-        rank_of = {c: h for group, h in zip(run.groups, host, strict=True) for c in group}
-        first = small.initial_variables(run.trainer)
-        how = Mixing.of(algorithm, first, [rank_of[c] for c in range(5)], workers, route)
-        made.append((replace(run, rank_of_group=host, mixing=how), first))
-    return made
+def rounds(algorithm, ranks, route, server, participation=1.0, count=2):
+    """(shared, {client: personal}, rows of metrics) after ``count`` rounds, groups of two clients."""
+    workers = range(1 if server else 0, ranks)
 
+    def work(federation):
+        groups = range(len(federation.placement.groups))
+        hosts = [workers[-1 - i % len(workers)] for i in groups]
 
-def rounds(made, count=2):
-    """(shared, {client: personal}, rows of metrics) after ``count`` rounds."""
-
-    def work(run, first):
         def on(comm):
-            own = replace(run, comm=comm)
+            own = federation.on_ranks(comm, hosts, workers, route)
             state, rows = initial_state(Assembly(None, own, None, small.SHAPE, "")), []
             for _ in range(count):
                 before = getattr(comm, "bytes_sent", 0)
@@ -389,13 +377,18 @@ def rounds(made, count=2):
                 )
             personal = {
                 c: {n: v[i] for n, v in state.personal.items()}
-                for i, c in enumerate(own.local_clients)
+                for i, c in enumerate(own.placement.local_clients)
             }
             return state.shared, personal, rows
 
         return on
 
-    works = [work(*one) for one in made]
+    works = [
+        work(
+            small.make_experiment(algorithm, "bn_net", group_size=2, participation=participation)[0]
+        )
+        for _ in range(ranks)  # one by one: building draws from a global generator
+    ]
     results = on_ranks(works) if len(works) > 1 else [works[0](Solo())]
     return (
         results[0][0],
@@ -411,9 +404,9 @@ def rounds(made, count=2):
 )
 @pytest.mark.parametrize("participation", [thorough_param(1.0), 0.6])
 def test_whole_rounds_give_the_same_bits_on_any_number_of_ranks(algorithm, participation):
-    shared, personal, (rows,) = rounds(federation(algorithm, 1, "root", False, participation))
+    shared, personal, (rows,) = rounds(algorithm, 1, "root", False, participation)
     for ranks, route, server in ((2, "root", True), (3, "spread", False), (3, "root", True)):
-        again = rounds(federation(algorithm, ranks, route, server, participation))
+        again = rounds(algorithm, ranks, route, server, participation)
         assert small.trees_equal(again[0], shared)
         assert set(again[1]) == set(personal) == set(range(5))
         for client, tree in personal.items():
@@ -431,12 +424,13 @@ def test_whole_rounds_give_the_same_bits_on_any_number_of_ranks(algorithm, parti
 class Overflowing(FedAMP):
     """Trains well, and then offers what no sum can hold."""
 
-    def offer(self, start, end):
-        return super().offer(start, end)._replace(key=end.personal["9.bias"] * 1e30)
+    def upload(self, start, end, round_):
+        upload = super().upload(start, end, round_)
+        return upload._replace(mix=upload.mix._replace(key=end.personal["9.bias"] * 1e30))
 
 
 def test_a_client_whose_offer_cannot_be_summed_is_named():
-    run, state = small.make_experiment(Overflowing(), participation=0.6)
-    ids = ", ".join(map(str, sorted(run.sample_cohort(0))))
+    federation, state = small.make_experiment(Overflowing(), participation=0.6)
+    ids = ", ".join(map(str, sorted(federation.cohorts.sample(0).members)))
     with pytest.raises(Fault, match=f"client {ids} is not finite"):
-        small.run_rounds(run, state, 1)
+        small.run_rounds(federation, state, 1)

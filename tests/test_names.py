@@ -28,7 +28,7 @@ from fedlora_mpi.core.names import (
     weight_of,
 )
 from fedlora_mpi.core.seeds import derive_key, rng
-from fedlora_mpi.federation import round as round_
+from fedlora_mpi.federation.instruments import Instruments
 from fedlora_mpi.models import zoo
 
 CLASSES, SHAPE = 4, (1, 8, 8)  # those of tiny.yaml
@@ -67,16 +67,20 @@ def settings(name):
 
 
 def own_leaves(name):
-    """The names of what a method adds to a network: on clients, in messages and on the server."""
+    """The names of what a method adds to a network: on clients, in messages and on the server.
+
+    The variables of the server alone are a tree of their own, in which no network has a leaf.
+    """
     algorithm = tiny_config(*settings(name)).algorithm
     net = zoo.build("cnn", {"width": 4, "hidden": 8}, CLASSES, SHAPE, 1)
     shared, personal = algorithm.init(net, rng(1, "init"))[:2]
-    client = algorithm.for_client(0, 3)
-    v = Variables(client.download(shared), personal)
-    upload = client.upload(v, v)
-    term = client.expand(upload, shared, 1)
-    trees = (shared, personal, v.shared, upload, term)
-    return {leaf for tree in trees for leaf in tree if leaf not in net.leaves}
+    transport = algorithm.transport(0, 3)
+    v = Variables(transport.download(shared), personal)
+    upload = transport.method.upload(v, v, 0)
+    term = transport.expand(upload, shared, 1)
+    trees = (shared, personal, v.shared, upload.message, term.mean | term.sum)
+    added = {leaf for tree in trees for leaf in tree if leaf not in net.leaves}
+    return added | {*filter(is_method_leaf, algorithm.server(net, shared))}
 
 
 @cache
@@ -185,7 +189,7 @@ def same_results(name, of, monkeypatch):
     if name == "fed_rac_lora":  # sketches follow from the names of weights
         monkeypatch.setattr(fed_rac_lora, "derive_key", lambda *address: derive_key(*address[:-1]))
     # counting them takes most of the time
-    monkeypatch.setattr(round_, "_cohort_flops", lambda *_: 0)
+    monkeypatch.setattr(Instruments, "flops", lambda *_: 0)
     ours, plain = (
         run_rounds.__wrapped__(
             *settings(name),
@@ -194,11 +198,12 @@ def same_results(name, of, monkeypatch):
         for net in ("hostile", "neutral")
     )
     for a, b in zip(ours, plain, strict=True):
-        for mine, other in ((a.shared, b.shared), (a.personal, b.personal)):
+        for mine, other in ((a.shared, b.shared), (a.personal, b.personal), (a.server, b.server)):
             for (leaf, u), v in zip(mine.items(), other.values(), strict=True):
                 assert torch.equal(u, v), leaf
         assert snapshots_equal(
-            a._replace(shared={}, personal={}), b._replace(shared={}, personal={})
+            a._replace(shared={}, personal={}, server={}),
+            b._replace(shared={}, personal={}, server={}),
         )
     return ours
 
@@ -315,7 +320,7 @@ def test_no_method_tells_leaves_apart_by_a_literal():
 def test_a_run_of_such_a_network_resumes_in_the_same_bits_and_is_read(
     name, of_all, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(round_, "_cohort_flops", lambda *_: 0)
+    monkeypatch.setattr(Instruments, "flops", lambda *_: 0)
     of = "" if of_all else name
     model = f"model={{name: 'test_names:hostile', head: {head_of(name, of)}, of: '{of}'}}"
     whole, cut = tmp_path / "whole", tmp_path / "cut"

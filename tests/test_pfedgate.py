@@ -60,8 +60,12 @@ class Open(PFedGate):
 def test_an_open_gate_is_fedavg(network, stacked):
     ends = []
     for algorithm in (Open(absent="exclude"), FedAvg()):
-        run, state = small.make_experiment(algorithm, network, stacked=stacked, participation=0.8)
-        ends.append(run_round(run, small.run_rounds(run, state, 2), evaluate=True, stop=False))
+        federation, state = small.make_experiment(
+            algorithm, network, stacked=stacked, participation=0.8
+        )
+        ends.append(
+            run_round(federation, small.run_rounds(federation, state, 2), evaluate=True, stop=False)
+        )
     assert small.trees_equal(ends[0][0].shared, ends[1][0].shared)
     assert all(
         np.array_equal(ends[0][2][n], ends[1][2][n], equal_nan=True) for n in ("accuracy_trained",)
@@ -73,8 +77,8 @@ def test_an_open_gate_is_fedavg(network, stacked):
 def test_a_gate_that_learns_is_not_fedavg_and_differs_between_clients(stacked, sparsity):
     ends = []
     for algorithm in (PFedGate(sparsity=sparsity, absent="exclude"), FedAvg()):
-        run, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
-        ends.append(small.run_rounds(run, state, 2))
+        federation, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
+        ends.append(small.run_rounds(federation, state, 2))
     assert min((v - ends[0].shared[n]).abs().max() for n, v in ends[1].shared.items()) > 1e-4
     for name in (".gate.weight", ".gate.out.bias", ".seen.M", ".seen.in.mean", ".seen.out.var"):
         gaps = [
@@ -90,10 +94,10 @@ def test_a_gate_that_learns_is_not_fedavg_and_differs_between_clients(stacked, s
 def test_loop_and_stack_play_alike(network, sparsity):
     outcomes = []
     for stacked in (False, True):
-        run, state = small.make_experiment(
+        federation, state = small.make_experiment(
             PFedGate(sparsity=sparsity), network, sizes=ROOMY, stacked=stacked
         )
-        outcomes.append(small.run_rounds(run, state, 2))
+        outcomes.append(small.run_rounds(federation, state, 2))
     small.assert_near(outcomes[1].shared, outcomes[0].shared)
     small.assert_near(outcomes[1].personal, outcomes[0].personal)
 
@@ -103,17 +107,19 @@ def test_nothing_of_an_absent_client_changes_and_theta_is_damped(stacked):
     how = {"participation": 0.6, "stacked": stacked, "group_size": 2}
     states = {}
     for absent in ("stale", "exclude"):
-        run, state = small.make_experiment(PFedGate(absent=absent), "bn_net", **how)
+        federation, state = small.make_experiment(PFedGate(absent=absent), "bn_net", **how)
         states[absent] = (
             state,
-            small.run_rounds(run, state._replace(personal=small.clone_tree(state.personal)), 1),
+            small.run_rounds(
+                federation, state._replace(personal=small.clone_tree(state.personal)), 1
+            ),
         )
     before, after = states["stale"]
-    chosen = run.sample_cohort(0)
-    for client, at in run.row_of_client.items():
+    chosen = federation.cohorts.sample(0).members
+    for client, at in federation.placement.row_of_client.items():
         same = [torch.equal(v[at], before.personal[n][at]) for n, v in after.personal.items()]
         assert all(same) == (client not in chosen)
-    present = sum(run.weight_N[c] for c in chosen) / sum(run.weight_N)
+    present = sum(federation.clients.weights[c] for c in chosen) / sum(federation.clients.weights)
     damped = {
         n: w + present * (states["exclude"][1].shared[n] - w) for n, w in before.shared.items()
     }
@@ -342,7 +348,7 @@ def test_what_the_gate_keeps_of_the_data_does_not_decay(stacked):
 @STACK_FIRST
 def test_one_client_trains_as_with_two_torch_optimizers(stacked):
     algorithm, settings = PFedGate(gate_lr=0.2), replace(small.TRAIN, epochs=2)
-    run, state = small.make_experiment(
+    federation, state = small.make_experiment(
         algorithm, "bn_net", sizes=(10,), train=settings, stacked=stacked
     )
     made = small.make_trainer(algorithm, "bn_net", train=settings, samples=small.make_feed((10,)))
@@ -373,7 +379,7 @@ def test_one_client_trains_as_with_two_torch_optimizers(stacked):
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
-    state = small.run_rounds(run, state, 1)
+    state = small.run_rounds(federation, state, 1)
     small.assert_near(state.shared, {n: w.detach() for n, w in theta.items()})
     found = {n: w[0] for n, w in state.personal.items() if n != ".seen.M"}
     small.assert_near(found, {n: own[n].detach() for n in found})
@@ -383,15 +389,17 @@ def test_one_client_trains_as_with_two_torch_optimizers(stacked):
 @pytest.mark.parametrize("sparsity", [1.0, 0.5])
 def test_a_client_predicts_with_the_multipliers_of_its_training_samples(stacked, sparsity):
     algorithm = PFedGate(sparsity=sparsity)
-    run, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
-    state, metrics, clients = run_round(run, state, evaluate=True, stop=False)
-    model = run.trainer.model.eval_mode()
-    for client, at in run.row_of_client.items():
+    federation, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
+    state, metrics, clients = run_round(federation, state, evaluate=True, stop=False)
+    model = federation.clients.trainer.model.eval_mode()
+    for client, at in federation.placement.row_of_client.items():
         own = {n: v[at] for n, v in state.personal.items()}
-        M = algorithm.multipliers(model, own, everything(run.trainer, client))
+        M = algorithm.multipliers(model, own, everything(federation.clients.trainer, client))
         torch.testing.assert_close(own[".seen.M"], M, rtol=1e-5, atol=1e-6)
         v = Variables(state.shared, own)
-        tests = run.trainer.feed.test_batch([client], 0, run.trainer.feed.test_size(client))
+        tests = federation.clients.trainer.feed.test_batch(
+            [client], 0, federation.clients.trainer.feed.test_size(client)
+        )
         both = algorithm.logits(model, v, tests.x[0])
         alone = torch.cat([algorithm.logits(model, v, x[None]) for x in tests.x[0]])
         torch.testing.assert_close(alone, both, rtol=1e-4, atol=1e-5)  # no neighbour matters
@@ -490,12 +498,12 @@ def test_dropped_runs_are_zero_and_the_others_as_without_a_budget(straight_throu
 
 
 def test_a_sparse_client_multiplies_a_third_to_a_half_of_its_weights_by_zero():
-    run, state = small.make_experiment(PFedGate(sparsity=0.5), "bn_net")
-    state = small.run_rounds(run, state, 2)
-    model = run.trainer.model
+    federation, state = small.make_experiment(PFedGate(sparsity=0.5), "bn_net")
+    state = small.run_rounds(federation, state, 2)
+    model = federation.clients.trainer.model
     for at in range(5):
         own = {n: v[at] for n, v in state.personal.items()}
-        adapted = run.algorithm.client_model(model, Variables(state.shared, own))
+        adapted = federation.algorithm.client_model(model, Variables(state.shared, own))
         used = {n: w for n, w in adapted.items() if model.role(n) in ("body", "head")}
         share = sum((w != 0).sum().item() for w in used.values()) / numel(used)
         assert 0.3 < share < 0.55
@@ -506,13 +514,16 @@ def test_a_sparse_client_multiplies_a_third_to_a_half_of_its_weights_by_zero():
 
 @pytest.mark.parametrize("sparsity", [1.0, 0.3])
 def test_the_gate_does_not_travel(sparsity):
-    run, state = small.make_experiment(PFedGate(sparsity=sparsity), "bn_net")
-    initial = run.trainer.model.initial
-    assert set(run.upload_layout.shapes) == set(initial) == set(state.shared) and run.mixing is None
+    federation, state = small.make_experiment(PFedGate(sparsity=sparsity), "bn_net")
+    initial = federation.clients.trainer.model.initial
+    assert (
+        set(federation.aggregator.terms.flat.shapes) == set(initial) == set(state.shared)
+        and federation.aggregator.mixing is None
+    )
     assert all(n.startswith((".gate.", ".seen.")) for n in state.personal)
     runs = len(state.personal[".seen.M"][0])
     assert numel({n: v[0] for n, v in state.personal.items()}) == runs * 105 + 5 * runs + 3 * 3 + 6
-    _, metrics, _ = run_round(run, state, evaluate=False, stop=False)
+    _, metrics, _ = run_round(federation, state, evaluate=False, stop=False)
     assert metrics["bytes_up"] == metrics["bytes_down"] == 5 * 4 * numel(initial)
 
 

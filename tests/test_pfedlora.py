@@ -14,7 +14,7 @@ from runs import TINY, build_tiny, run_rounds
 from tiers import STACK_FIRST, thorough_param
 
 from fedlora_mpi import open_run
-from fedlora_mpi.algorithm import Algorithm, Batch, Phase, Variables
+from fedlora_mpi.algorithm import Algorithm, Batch, Phase, Transport, Variables
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.algorithms.pfedlora import PFedLoRA
 from fedlora_mpi.cli import main
@@ -25,7 +25,7 @@ from fedlora_mpi.core.tree import numel, select_prefix
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
-from fedlora_mpi.run.assembly import load_data
+from fedlora_mpi.run.parts import load_data
 
 PLACES = ("matrix", "conv", "side")
 NETS = (thorough_param("cnn"), "bn_net", thorough_param("noisy_net"))
@@ -70,10 +70,10 @@ def moved(before, after):
 def test_without_mu_and_without_adapter_epochs_it_is_local_to_the_bit(place, network, stacked):
     ends = []
     for algorithm in (of(place, mu=0.0, adapter_epochs=0), Local()):
-        run, state = small.make_experiment(algorithm, network, stacked=stacked)
-        ends.append(small.run_rounds(run, state, 2))
+        federation, state = small.make_experiment(algorithm, network, stacked=stacked)
+        ends.append(small.run_rounds(federation, state, 2))
     assert small.trees_equal(ends[0].personal, ends[1].personal)
-    begin = small.repeat_rows(run.kinds[0].initial.personal, len(small.SIZES))
+    begin = small.repeat_rows(federation.clients.types[0].initial.personal, len(small.SIZES))
     assert moved(begin, ends[0].personal) == set(begin)
 
 
@@ -93,8 +93,8 @@ def test_without_mu_and_adapter_epochs_its_rounds_are_those_of_local():
 def test_an_adapter_that_never_trains_makes_both_losses_one_whatever_mu(place, network):
     ends = []
     for mu in (0.0, 0.3, 1.0):
-        run, state = small.make_experiment(of(place, mu=mu, adapter_epochs=0), network)
-        ends.append(small.run_rounds(run, state, 2).personal)
+        federation, state = small.make_experiment(of(place, mu=mu, adapter_epochs=0), network)
+        ends.append(small.run_rounds(federation, state, 2).personal)
     small.assert_near(ends[0], ends[1], 1e-4)
     small.assert_near(ends[0], ends[2], 1e-4)
 
@@ -110,10 +110,10 @@ def test_the_first_phase_moves_the_network_alone_and_the_second_the_adapter_alon
 ):
     made = small.make_trainer(of(place), network, stacked=stacked)
     v = woken(small.initial_variables(made))
-    first, second = made.algorithm.phases(made.model, made.settings, 0)
+    first, second = made.algorithm.local(made.model, made.settings, 0)
     halves = []
     for phase in (first, second):
-        start, end = trained(replace(made, algorithm=OnePhase(phase)), v)
+        start, end = trained(replace(made, transport=Transport(OnePhase(phase))), v)
         halves.append((moved(start.shared, end.shared), moved(start.personal, end.personal)))
     assert halves[0][0] == set() and halves[0][1] == set(made.model.leaves)
     assert halves[1] == ({".adapter..A", ".adapter..B"}, set())
@@ -125,7 +125,7 @@ class OnePhase(Algorithm):
 
     phase: Phase
 
-    def phases(self, model, train, round_):
+    def local(self, model, train, round_):
         return (self.phase,)
 
 
@@ -140,7 +140,8 @@ def test_running_statistics_are_those_of_the_network_without_the_adapter():
     assert len(ends[0]) >= 4
     small.assert_near(*ends)
     _, local = trained(
-        replace(made, algorithm=Local()), Variables({}, small.initial_variables(made).personal)
+        replace(made, transport=Transport(Local())),
+        Variables({}, small.initial_variables(made).personal),
     )
     # as often as without an adapter, too
     small.assert_near(ends[0], {n: local.personal[n] for n in ends[0]})
@@ -153,7 +154,7 @@ def test_training_another_client_leaves_an_upload_alone(place, stacked):
     v = woken(small.initial_variables(made))
     kept = []
     for done in made.train([0, 1, 2], v.shared, small.repeat_rows(v.personal, 3), 0):
-        upload = made.algorithm.upload(done.start, done.end)
+        upload = made.algorithm.upload(done.start, done.end, 0).mean
         kept.append((upload, small.clone_tree(upload)))
     assert all(small.trees_equal(now, then) for now, then in kept)
     assert not small.trees_equal(kept[0][1], kept[1][1])
@@ -181,14 +182,12 @@ def test_all_five_networks_send_an_adapter_of_one_shape(place, numbers, classes)
     for name in ("cnn1", "cnn2", "cnn3", "cnn4", "cnn5"):
         model = large(name, classes)
         v = algorithm.init(model, rng(1, "init"))
-        assert (
-            numel(algorithm.upload(v, v))
-            == algorithm.upload_numel(v, v)
-            == algorithm.download_numel(v.shared)
-            == numbers(classes)
-        )
+        upload, transport = algorithm.upload(v, v, 0), algorithm.transport(0, 1)
+        assert numel(upload.mean) == numel(transport.download(v.shared)) == numbers(classes)
+        assert upload.message.keys() == upload.mean.keys() and upload.numel is None
+        assert transport.download_numel is None  # what is counted is all that travels
         assert numel(v.personal) == numel(model.initial)
-        shapes.append({n: t.shape for n, t in algorithm.upload(v, v).items()})
+        shapes.append({n: t.shape for n, t in upload.mean.items()})
     assert all(shape == shapes[0] for shape in shapes)
 
 
@@ -205,11 +204,11 @@ def test_a_round_counts_the_adapter_up_and_down_for_every_client_of_the_cohort()
 
 
 def test_clients_with_one_network_and_one_sample_each_have_equal_adapters():
-    run, state = small.make_experiment(of(), sizes=(4, 4, 4), same_sample=True)
-    trainer = run.trainer
+    federation, state = small.make_experiment(of(), sizes=(4, 4, 4), same_sample=True)
+    trainer = federation.clients.trainer
     rows = {n: v[:3] for n, v in state.personal.items()}
     uploads = [
-        trainer.algorithm.upload(d.start, d.end)
+        trainer.algorithm.upload(d.start, d.end, 0).mean
         for d in trainer.train([0, 1, 2], state.shared, rows, 0)
     ]
     assert all(small.trees_equal(uploads[0], other) for other in uploads[1:])
@@ -217,18 +216,23 @@ def test_clients_with_one_network_and_one_sample_each_have_equal_adapters():
 
 @pytest.mark.parametrize("participation", [1.0, 0.6])
 def test_the_adapter_stays_within_what_was_sent(participation):
-    run, state = small.make_experiment(of(), participation=participation)
+    federation, state = small.make_experiment(of(), participation=participation)
     for _ in range(2):
-        chosen, uploads = sorted(run.sample_cohort(state.round)), []
+        chosen, uploads = sorted(federation.cohorts.sample(state.round).members), []
 
         def rows(c, state=state):
-            return {n: v[[run.row_of_client[c]]] for n, v in state.personal.items()}
+            return {
+                n: v[[federation.placement.row_of_client[c]]] for n, v in state.personal.items()
+            }
 
         for c in chosen:
-            (done,) = run.trainer.train([c], state.shared, rows(c), state.round)
-            uploads.append(run.trainer.algorithm.upload(done.start, done.end))
-        sizes = torch.tensor([float(run.sizes[c]) for c in chosen], dtype=torch.float64)
-        state, _, _ = run_round(run, state, evaluate=False, stop=False)
+            (done,) = federation.clients.trainer.train([c], state.shared, rows(c), state.round)
+            upload = federation.algorithm.upload(done.start, done.end, state.round)
+            uploads.append(upload.mean)
+        sizes = torch.tensor(
+            [float(federation.clients.sizes[c]) for c in chosen], dtype=torch.float64
+        )
+        state, _, _ = run_round(federation, state, evaluate=False, stop=False)
         for name, value in state.shared.items():
             sent = torch.stack([u[name] for u in uploads])
             assert (value >= sent.amin(0) - 1e-7).all() and (value <= sent.amax(0) + 1e-7).all()
@@ -262,7 +266,7 @@ def test_losses_and_gradients_of_both_phases_are_those_of_plain_torch(place, mu_
     algorithm = of(place, mu=0.3, mu_on=mu_on, scale=0.7)
     made = small.make_trainer(algorithm)
     model, v, data = made.model, woken(small.initial_variables(made)), batch(made)
-    first, second = (phase.steps[0].loss for phase in algorithm.phases(model, made.settings, 0))
+    first, second = (phase.steps[0].loss for phase in algorithm.local(model, made.settings, 0))
     leaves = {n: t.detach().clone().requires_grad_() for n, t in (v.shared | v.personal).items()}
     now = Variables({n: leaves[n] for n in v.shared}, {n: leaves[n] for n in v.personal})
     ours = [first(now, now, data), second(now, now, data)]
@@ -368,7 +372,7 @@ def test_mu_rises_by_its_schedule():
         """How much of either loss the first phase has: solved from losses of 2 and 5."""
         made = small.make_trainer(of("matrix", **fields))
         v, data = woken(small.initial_variables(made)), batch(made)
-        loss = made.algorithm.phases(made.model, made.settings, round_)[0].steps[0].loss(v, v, data)
+        loss = made.algorithm.local(made.model, made.settings, round_)[0].steps[0].loss(v, v, data)
         alone = F.cross_entropy(made.model(v.personal, data.x), data.y)
         theta = select_prefix(v.shared, ".adapter..")
         combined = F.cross_entropy(
@@ -438,7 +442,7 @@ def test_a_clients_model_of_a_run_has_the_accuracy_after_aggregation(place, infe
         np.array_equal(judged[~np.isnan(after)], after[~np.isnan(after)])
         and (~np.isnan(after)).sum() == 4
     )
-    name = build_tiny(how).run.kinds[0].trainer.model.head + ".weight"
+    name = build_tiny(how).federation.clients.types[0].trainer.model.head + ".weight"
     merged = not np.array_equal(run.client(0).weights[name], run.client(0).personal[name])
     assert merged == (place == "matrix" and inference == "combined")
 
@@ -459,10 +463,10 @@ def test_a_side_adapter_judged_with_the_network_has_no_weights_of_its_own_and_sa
 def test_the_loop_is_the_stack(place, network):
     ends = []
     for stacked in (False, True):
-        run, state = small.make_experiment(
+        federation, state = small.make_experiment(
             of(place, adapter_epochs=2), network, stacked=stacked, fine=True
         )
-        ends.append(small.run_rounds(run, state, 2))
+        ends.append(small.run_rounds(federation, state, 2))
     small.assert_near(ends[0].shared, ends[1].shared, 1e-6)
     small.assert_near(ends[0].personal, ends[1].personal, 1e-6)
 

@@ -81,12 +81,14 @@ def test_a_cohort_is_the_head_of_the_permutation(clients, fraction, count):
 
 
 def test_cohorts_follow_seed_and_round_alone():
-    run, _ = small.make_experiment(FedAvg(), participation=0.6)
-    draws = [run.sample_cohort(round_) for round_ in range(30)]
+    federation, _ = small.make_experiment(FedAvg(), participation=0.6)
+    draws = [federation.cohorts.sample(round_).members for round_ in range(30)]
     torch.rand(3)
-    assert [run.sample_cohort(round_) for round_ in reversed(range(30))] == draws[::-1]
+    assert [federation.cohorts.sample(round_).members for round_ in reversed(range(30))] == draws[
+        ::-1
+    ]
     again, _ = small.make_experiment(FedAvg(), participation=0.6, network="bn_net", group_size=2)
-    assert [again.sample_cohort(round_) for round_ in range(30)] == draws
+    assert [again.cohorts.sample(round_).members for round_ in range(30)] == draws
     assert len(set(draws)) > 5 and set().union(*draws) == set(range(5))
 
 
@@ -101,21 +103,25 @@ FEW = (
 
 
 def test_a_groups_part_of_the_cohort_is_cut_into_equal_stacks_largest_first():
-    run = build_tiny(*FEW, "participation=1.0").run
+    federation = build_tiny(*FEW, "participation=1.0").federation
     for count, lengths in ((0, []), (1, [1]), (2, [2]), (3, [1, 2]), (5, [1, 2, 2]), (14, [2] * 7)):
-        stacks = run.split_into_stacks(range(count))
+        stacks = federation.placement.split_into_stacks(range(count), federation.clients)
         assert [len(stack) for stack in stacks] == lengths
         flat = [client for stack in stacks for client in stack]
         assert sorted(flat) == list(range(count))
-        sizes = [run.sizes[client] for client in flat]
+        sizes = [federation.clients.sizes[client] for client in flat]
         assert sizes == sorted(sizes, reverse=True)
 
 
 def test_a_group_holds_so_many_clients_that_a_stack_of_them_takes_part():
-    assert [len(group) for group in build_tiny(*FEW).run.groups] == [6, 6, 2]
-    assert [len(group) for group in build_tiny(*FEW, "participation=1.0").run.groups] == [2] * 7
+    assert [len(group) for group in build_tiny(*FEW).federation.placement.groups] == [6, 6, 2]
+    assert [
+        len(group) for group in build_tiny(*FEW, "participation=1.0").federation.placement.groups
+    ] == [2] * 7
     # nothing to gain
-    assert [len(group) for group in build_tiny(*FEW, "engine.path=loop").run.groups] == [2] * 7
+    assert [
+        len(group) for group in build_tiny(*FEW, "engine.path=loop").federation.placement.groups
+    ] == [2] * 7
     wide = build_tiny(
         *FEW,
         "participation=0.1",
@@ -124,7 +130,7 @@ def test_a_group_holds_so_many_clients_that_a_stack_of_them_takes_part():
         "data.synthetic.train=600",
     )
     # of a cohort of 3
-    assert [len(group) for group in wide.run.groups] == [
+    assert [len(group) for group in wide.federation.placement.groups] == [
         20,
         10,
     ] and wide.config.engine.group_size == 2

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fedlora_mpi.cli import main
 from fedlora_mpi.config import read
 from fedlora_mpi.core.scheduling import assign_groups
+from fedlora_mpi.engine.flops import Flops
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.plan import estimate
 from fedlora_mpi.plan.counted import GpuSeconds, _count, gpu_capacity
@@ -82,11 +83,11 @@ def test_a_line_through_noise_has_nothing_negative():
 
 
 def test_one_worker_trains_the_sum_of_its_stacks():
-    run = built().run
+    federation = built().federation
     sizes = [
-        [run.sizes[c] for c in stack]
-        for group in run.groups
-        for stack in run.split_into_stacks(group)
+        [federation.clients.sizes[c] for c in stack]
+        for group in federation.placement.groups
+        for stack in federation.placement.split_into_stacks(group, federation.clients)
     ]
     tests = sum(map(len, built().split.test))
     found = seconds(FREE, 1)
@@ -124,21 +125,24 @@ def test_a_loop_pays_for_every_client_apart():
 
 def test_a_small_cohort_costs_what_its_clients_cost_and_is_judged_whole():
     tree = ["participation=0.3", "rounds=16"]
-    run, costs = (
-        built(*tree).run,
+    federation, costs = (
+        built(*tree).federation,
         FREE._replace(
             units={0: UNIT._replace(train=CostLine(1.0, 0, 0), score=CostLine(0, 0, 1.0))}
         ),
     )
     stacks = [
         sum(
-            len(run.split_into_stacks(m))
-            for g in run.groups
-            if (m := [c for c in g if c in run.sample_cohort(t)])
+            len(federation.placement.split_into_stacks(m, federation.clients))
+            for g in federation.placement.groups
+            if (m := [c for c in g if c in federation.cohorts.sample(t).members])
         )
         for t in range(16)
     ]
-    tests = [sum(len(built().split.test[c]) for c in run.sample_cohort(t)) for t in range(16)]
+    tests = [
+        sum(len(built().split.test[c]) for c in federation.cohorts.sample(t).members)
+        for t in range(16)
+    ]
     found = seconds(costs, 1, *tree)
     assert found.train == pytest.approx((sum(stacks) + sum(tests)) / 16)
     assert found.evaluate == pytest.approx(sum(map(len, built().split.test)))
@@ -147,7 +151,10 @@ def test_a_small_cohort_costs_what_its_clients_cost_and_is_judged_whole():
 def test_a_cohort_judged_alone_costs_what_its_tests_cost():
     tree = ["participation=0.3", "rounds=16", "evaluate.clients=cohort"]
     made = built(*tree)
-    tests = [sum(len(made.split.test[c]) for c in made.run.sample_cohort(t)) for t in range(16)]
+    tests = [
+        sum(len(made.split.test[c]) for c in made.federation.cohorts.sample(t).members)
+        for t in range(16)
+    ]
     assert seconds(FREE, 1, *tree).evaluate == pytest.approx(sum(tests) / 16 / 16)
 
 
@@ -180,8 +187,12 @@ def test_every_worker_writes_a_file_for_each_kind_of_clients():
     for ranks in (1, 3):
         workers = range(1, ranks) if ranks > 1 else [0]
         there = {
-            (rank, made.run.kind_of[c])
-            for g, rank in zip(made.run.groups, assign_groups(made.run.costs, workers), strict=True)
+            (rank, made.federation.clients.type_of[c])
+            for g, rank in zip(
+                made.federation.placement.groups,
+                assign_groups(made.federation.placement.costs, workers),
+                strict=True,
+            )
             for c in g
         }
         assert forecast(made, costs, workers, ranks, HERE).files == 2 * len(there) >= 6
@@ -246,11 +257,13 @@ def test_a_named_gpu_and_its_bandwidth_change_what_is_predicted(monkeypatch, tmp
         estimate(config, str(TINY), 3, name, bandwidth)
         for name, bandwidth in (("snail", 1e3), ("h200", 1e9))
     )
-    run, flops = slow.assembly.run, 0
+    federation = slow.assembly.federation
+    client_type, placement = federation.clients.types[0], federation.placement
+    count = Flops(client_type.trainer, client_type.local_initial)
     flops = max(
         sum(
-            run.flops[0].round_flops(run.sizes[c], 0)
-            for g, h in zip(run.groups, (1, 2, 2, 1), strict=True)
+            count.round_flops(federation.clients.sizes[c], 0)
+            for g, h in zip(placement.groups, (1, 2, 2, 1), strict=True)
             if h == r
             for c in g
         )
@@ -304,7 +317,9 @@ def test_a_plan_says_what_was_measured_and_what_assumed(capsys):
 def test_a_message_has_its_price_also_where_next_to_nothing_is_uploaded():
     made = built("algorithm=fedamp")
     # a core adds up gigabytes a second
-    assert made.run.upload_layout.size < 100 and measure_costs(made)[0].add_byte < 1e-8
+    assert (
+        made.federation.aggregator.terms.flat.size < 100 and measure_costs(made)[0].add_byte < 1e-8
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a fork is not safe")

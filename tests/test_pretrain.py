@@ -20,7 +20,7 @@ from runs import (
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.models import weights, zoo
 from fedlora_mpi.mpi import comm
-from fedlora_mpi.run.assembly import load_data
+from fedlora_mpi.run.parts import load_data
 from fedlora_mpi.run.pretrain import parse_classes, pool_samples
 from fedlora_mpi.store.reader import RunFiles
 

@@ -28,6 +28,7 @@ from runs import (
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.aggregation.exact_sum import ExactSum
+from fedlora_mpi.algorithm import Transport
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.cli import main
 from fedlora_mpi.config import ConfigError
@@ -140,9 +141,10 @@ def uniform(integers):
 
 def test_a_rank_gets_nothing_of_a_client_but_uniform_numbers(handed):
     parts = build_tiny(*FEDAVG, SECURE)
-    run_round(parts.run, initial_state(parts), evaluate=False, stop=False)
+    run_round(parts.federation, initial_state(parts), evaluate=False, stop=False)
     assert (
-        sorted(client for client, *_ in handed) == sorted(parts.run.sample_cohort(0))
+        sorted(client for client, *_ in handed)
+        == sorted(parts.federation.cohorts.sample(0).members)
         and len(handed) == 4
     )
     for _, sent, own in handed:
@@ -249,11 +251,11 @@ def test_one_client_that_is_skipped_leaves_its_noise_and_its_place():
 @pytest.mark.parametrize("block", [SECURE, "privacy.clip=1"])
 def test_uploads_do_not_travel_one_by_one(block):
     fedhl = ("algorithm=fedhl", "algorithm.lora_ranks=[1]", "model.hidden=64", "participation=0.5")
-    assert build_tiny(*fedhl).run.gather_uploads
+    assert build_tiny(*fedhl).federation.aggregator.gathers
     if block == SECURE:
-        assert not build_tiny(*fedhl, block).run.gather_uploads
+        assert not build_tiny(*fedhl, block).federation.aggregator.gathers
     else:
-        assert not build_tiny("algorithm=fedit", *fedhl[1:], block).run.gather_uploads
+        assert not build_tiny("algorithm=fedit", *fedhl[1:], block).federation.aggregator.gathers
 
 
 # --- clipping
@@ -313,7 +315,7 @@ def test_a_wide_clip_leaves_methods_of_factors_too(name):
     equal_sizes = "data.partition={kind: iid, clients: 7, train: 30, test: 15}"
     settings = (f"algorithm={name}", "algorithm.lora_ranks=[3]", "train.lr=0.02", equal_sizes)
     wide = run_rounds(*settings, "privacy.clip=1.0e+6", "privacy.sampling=fixed")[0]
-    assert len(set(build_tiny(*settings).run.sizes)) == 1  # they weigh by samples
+    assert len(set(build_tiny(*settings).federation.clients.sizes)) == 1  # they weigh by samples
     assert_near(run_rounds(*settings)[0][-1].shared, wide[-1].shared)
 
 
@@ -412,15 +414,27 @@ def test_a_resume_goes_on_with_noise_and_epsilon(tmp_path, more):
 
 
 def test_a_poisson_cohort_is_drawn_client_by_client():
-    run = build_tiny(*FEDAVG, "privacy.clip=1.0").run
-    cohorts = [run.sample_cohort(round_) for round_ in range(2000)]
+    federation = build_tiny(*FEDAVG, "privacy.clip=1.0").federation
+    cohorts = [federation.cohorts.sample(round_).members for round_ in range(2000)]
     held = np.array([[client in chosen for client in range(7)] for chosen in cohorts])
     assert abs(held.mean(0) - 0.6).max() < 4.5 * (0.24 / 2000) ** 0.5
     sizes = held.sum(1)
     assert sizes.min() <= 1 and sizes.max() == 7 and abs(sizes.var() - 7 * 0.24) < 0.3
-    assert run.cohort_weight(cohorts[0]) == run.cohort_weight(frozenset()) == pytest.approx(4.2)
+    weights = [
+        federation.cohorts.weight_of(members, federation.clients)
+        for members in (cohorts[0], frozenset())
+    ]
+    assert weights[0] == weights[1] == federation.cohorts.sample(0).weight == pytest.approx(4.2)
     # without privacy, as ever
-    assert len({len(build_tiny(*FEDAVG).run.sample_cohort(round_)) for round_ in range(20)}) == 1
+    assert (
+        len(
+            {
+                len(build_tiny(*FEDAVG).federation.cohorts.sample(round_).members)
+                for round_ in range(20)
+            }
+        )
+        == 1
+    )
 
 
 @counted
@@ -645,19 +659,24 @@ class Shifted(FedAvg):
 
     shift: float = 0.0
 
-    def download(self, shared):
+    def transport(self, client, clients):
+        return Transport(self, download=self.receive)
+
+    def receive(self, shared):
         return {n: v + self.shift for n, v in shared.items()}
 
 
 def test_clients_without_a_common_start_are_refused():
-    run = build_tiny(*FEDAVG).run
-    model, first, train = run.trainer.model, run.kinds[0].initial, run.trainer.settings
+    clients = build_tiny(*FEDAVG).federation.clients
+    first, trainer = clients.types[0].initial, clients.trainer
+    model, train = trainer.model, trainer.settings
 
-    def kinds(*shifts):
-        return [(Shifted(shift=shift), model, first) for shift in shifts]
+    def types(*shifts):
+        transports = [Shifted(shift=shift).transport(0, 1) for shift in shifts]
+        return [(transport, model, first) for transport in transports]
 
-    check_run(Privacy(clip=1.0), "shifted", 4, False, kinds(0.5, 0.5), train)
+    check_run(Privacy(clip=1.0), "shifted", 4, False, types(0.5, 0.5), train)
     with pytest.raises(
         ValueError, match="clip = 1.0: clients of shifted would send other variables"
     ):
-        check_run(Privacy(clip=1.0), "shifted", 4, False, kinds(0.5, 0.25), train)
+        check_run(Privacy(clip=1.0), "shifted", 4, False, types(0.5, 0.25), train)

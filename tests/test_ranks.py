@@ -108,9 +108,8 @@ def on_three(request, tmp_path_factory):
 def test_all_ranks_stop_where_one_is_asked_to():
     def main(comm):
         parts = build(tiny_config("rounds=1"), str(TINY), comm)
-        return run_round(parts.run, initial_state(parts), evaluate=False, stop=comm.rank == 2)[1][
-            "stop"
-        ]
+        state = initial_state(parts)
+        return run_round(parts.federation, state, evaluate=False, stop=comm.rank == 2)[1]["stop"]
 
     assert run_on_ranks(3, main) == [True] * 3
 

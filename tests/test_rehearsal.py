@@ -393,7 +393,7 @@ def test_all_ranks_take_the_loop(name, texts, capsys):
         built = build(config, "c.yaml", comm)
         state = runs.initial_state(built)
         for _ in range(2):
-            state, *_ = runs.run_round(built.run, state, evaluate=True, stop=False)
+            state, *_ = runs.run_round(built.federation, state, evaluate=True, stop=False)
         return built.config.engine.path, runs.clone_tree(state.shared)
 
     (path, one), *others = [end for ranks in (1, 2, 3) for end in runs.run_on_ranks(ranks, moments)]
@@ -405,7 +405,7 @@ def test_all_ranks_take_the_loop(name, texts, capsys):
 
 def test_a_network_that_writes_to_its_weights_leaves_those_of_others(texts):
     built = build(configs.read("c.yaml", [f"model={HERE}:bounded"]), "c.yaml", Solo())
-    trainer, first = built.run.trainer, built.run.kinds[0].initial
+    trainer, first = built.federation.clients.trainer, built.federation.clients.types[0].initial
     assert trainer.model.effects.written_parameters
     shared = {n: 3 * v for n, v in first.shared.items()}
     before = runs.clone_tree(shared)
@@ -452,7 +452,7 @@ def test_a_network_that_never_trains_is_refused_in_one_line(path, tmp_path, caps
 
 def test_a_network_that_is_known_needs_no_trial(monkeypatch):
     monkeypatch.setattr(
-        "fedlora_mpi.run.assembly.rehearse_engine", lambda *given: pytest.fail("tried")
+        "fedlora_mpi.run.engine_choice.rehearse_engine", lambda *given: pytest.fail("tried")
     )
     build(tiny_config(), str(TINY), Solo())
     with pytest.raises(pytest.fail.Exception):
@@ -461,18 +461,22 @@ def test_a_network_that_is_known_needs_no_trial(monkeypatch):
 
 def test_a_trial_leaves_no_trace():
     built = runs.build_tiny("model=user_parts:with_norm")
-    kind = built.run.kinds[0]
+    client_type = built.federation.clients.types[0]
     before = (
-        runs.clone_tree(kind.initial.shared),
-        runs.clone_tree(kind.initial.personal),
-        runs.clone_tree(kind.trainer.model.initial),
+        runs.clone_tree(client_type.initial.shared),
+        runs.clone_tree(client_type.initial.personal),
+        runs.clone_tree(client_type.trainer.model.initial),
     )
-    assert find_objection(kind.trainer, kind.initial) is None
+    assert find_objection(client_type.trainer, client_type.initial) is None
     assert all(
         map(
             runs.trees_equal,
             before,
-            (kind.initial.shared, kind.initial.personal, kind.trainer.model.initial),
+            (
+                client_type.initial.shared,
+                client_type.initial.personal,
+                client_type.trainer.model.initial,
+            ),
         )
     )
 
@@ -515,7 +519,7 @@ def test_a_prediction_that_is_no_number_is_wrong(path, tmp_path, capsys):
     built = runs.build_tiny(*given)
     files = runs.RunFiles(tmp_path / "run")
     accuracy, loss = (files.clients()[name][-1] for name in ("accuracy", "loss"))
-    trainer, shared = built.run.trainer, runs.run_rounds(*given)[0][-1].shared
+    trainer, shared = built.federation.clients.trainer, runs.run_rounds(*given)[0][-1].shared
     nan = np.zeros(7)
     for client in range(7):
         x, y = (

@@ -519,25 +519,29 @@ def test_a_picture_is_written(table, tmp_path):
     "algorithm", [FedLoRA(lora_epochs=1), FedAvg()], ids=lambda a: type(a).__name__
 )
 def test_drift_is_the_root_mean_square_distance_of_the_uploads_from_their_mean(algorithm):
-    run, state = make_experiment(algorithm, "bn_net")
-    trained = list(run.trainer.train(run.local_clients, state.shared, state.personal, 0))
+    federation, state = make_experiment(algorithm, "bn_net")
+    trained = list(
+        federation.clients.trainer.train(
+            federation.placement.local_clients, state.shared, state.personal, 0
+        )
+    )
 
     def numbers(done):
         return [v.double().flatten() for n, v in done.end.shared.items() if "running" not in n]
 
     uploads_N = torch.stack([torch.cat(numbers(done)) for done in trained])
-    weights_N = torch.tensor([run.weight_N[done.client] for done in trained]).double()[
-        :, None
-    ] / sum(run.weight_N)
+    weights_N = torch.tensor(
+        [federation.clients.weights[done.client] for done in trained]
+    ).double()[:, None] / sum(federation.clients.weights)
     square_N = ((uploads_N - (weights_N * uploads_N).sum(0)) ** 2).sum(1)
-    _, row, _ = run_round(run, state, evaluate=False, stop=False)
+    _, row, _ = run_round(federation, state, evaluate=False, stop=False)
     assert row["drift"] == pytest.approx((weights_N[:, 0] * square_N).sum().sqrt().item(), rel=1e-6)
 
 
 def test_drift_is_zero_for_equal_clients_and_unknown_where_nothing_is_shared():
-    run, state = make_experiment(FedAvg(), sizes=(5, 5, 5), same_sample=True)
-    _, row, _ = run_round(run, state, evaluate=False, stop=False)
+    federation, state = make_experiment(FedAvg(), sizes=(5, 5, 5), same_sample=True)
+    _, row, _ = run_round(federation, state, evaluate=False, stop=False)
     assert row["drift"] < 1e-6
-    run, state = make_experiment(Local(), sizes=SIZES)
-    _, row, _ = run_round(run, state, evaluate=False, stop=False)
+    federation, state = make_experiment(Local(), sizes=SIZES)
+    _, row, _ = run_round(federation, state, evaluate=False, stop=False)
     assert np.isnan(row["drift"])

@@ -87,7 +87,7 @@ def test_all_methods_have_the_same_ranks_and_scale_and_are_judged_by_the_servers
     case = FineTuningCase("cifar10", "narrow", 1.0, OUT)
     for entry in table_entries(TABLE_NAME, case, case.scale_sizes("small")):
         algorithm = run_of(case, entry.key).config.algorithm
-        clients = [algorithm.for_client(client, 10) for client in range(10)]
+        clients = [algorithm.transport(client, 10).method for client in range(10)]
         assert tuple(max(client.lora_ranks) for client in clients) == RANKS
         assert {client.s for client in clients} == {algorithm.s} == {1.0}
         # whose clients all have the server's model

@@ -19,7 +19,7 @@ from runs import (
 )
 
 from fedlora_mpi import cli, open_run
-from fedlora_mpi.federation.client_rows import DiskRows
+from fedlora_mpi.federation.client_store import DiskRows
 
 DISK = "engine.personal=disk"
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import small
 import torch
+from aggregates import aggregate_of, svd
 from tiers import STACK_FIRST, thorough_param
 
 from fedlora_mpi import open_run
-from fedlora_mpi.algorithm import Algorithm, Cohort
+from fedlora_mpi.algorithm import Algorithm
 from fedlora_mpi.algorithms.fedadagrad import FedAdagrad
 from fedlora_mpi.algorithms.fedadam import FedAdam
 from fedlora_mpi.algorithms.fedavg import FedAvg
@@ -39,7 +40,8 @@ def served(algorithm, deltas, start):
     server, path = algorithm.server(model, shared), []
     for delta in deltas:
         mean = {n: v + delta for n, v in shared.items()}
-        server, shared = algorithm.server_update(server, shared, mean, Cohort(1.0, 1.0))
+        update = algorithm.server_update(server, shared, aggregate_of(mean), svd)
+        server, shared = update.server, update.shared
         path.append({n: v.unique().item() for n, v in shared.items()})
     assert all(len(set(values.values())) == 1 for values in path)  # every leaf alike
     return [next(iter(values.values())) for values in path], server
@@ -54,10 +56,13 @@ def served(algorithm, deltas, start):
 @pytest.mark.parametrize("weights", ["samples", thorough_param("uniform")])
 def test_a_whole_step_without_momentum_is_fedavg(network, stacked, participation, weights):
     how = {"network": network, "stacked": stacked, "participation": participation}
-    run, state = small.make_experiment(FedAvgM(eta=1.0, beta=0.0, weights=weights), **how)
-    plain_run, plain = small.make_experiment(FedAvg(weights=weights), **how)
+    federation, state = small.make_experiment(FedAvgM(eta=1.0, beta=0.0, weights=weights), **how)
+    plain_federation, plain = small.make_experiment(FedAvg(weights=weights), **how)
     for _ in range(3):
-        state, plain = small.run_rounds(run, state, 1), small.run_rounds(plain_run, plain, 1)
+        state, plain = (
+            small.run_rounds(federation, state, 1),
+            small.run_rounds(plain_federation, plain, 1),
+        )
         assert small.trees_equal(state.shared, plain.shared)
 
 
@@ -75,9 +80,9 @@ TAU = 1e4  # so large that no change moves v off tau^2
     **NAME,
 )
 def test_without_adaptation_or_momentum_is_fedavg(network, algorithm, rounds):
-    run, state = small.make_experiment(algorithm, network)
+    federation, state = small.make_experiment(algorithm, network)
     state, plain = (
-        small.run_rounds(run, state, rounds),
+        small.run_rounds(federation, state, rounds),
         small.final_state(FedAvg(), network, rounds),
     )
     small.assert_near(state.shared, plain.shared, rtol=1e-6)
@@ -87,9 +92,9 @@ def test_without_adaptation_or_momentum_is_fedavg(network, algorithm, rounds):
 @ALL
 def test_the_first_round_differs_from_fedavg_in_all_but_the_statistics(network, algorithm):
     algorithm = replace(algorithm, eta=0.5) if isinstance(algorithm, FedAvgM) else algorithm
-    run, state = small.make_experiment(algorithm, network)
-    state, plain = small.run_rounds(run, state, 1), small.final_state(FedAvg(), network, 1)
-    role = run.trainer.model.role
+    federation, state = small.make_experiment(algorithm, network)
+    state, plain = small.run_rounds(federation, state, 1), small.final_state(FedAvg(), network, 1)
+    role = federation.clients.trainer.model.role
     same = {n: torch.equal(v, plain.shared[n]) for n, v in state.shared.items()}
     assert same == {n: role(n) == "stats" for n in same}
     assert sum(same.values()) == (0 if network == "cnn" else 12)
@@ -209,7 +214,8 @@ def test_a_step_writes_to_nothing_that_it_is_given(algorithm):
     mean = {n: v + 0.1 * numbers(*v.shape) for n, v in model.initial.items()}
     given = [server, model.initial, mean]
     before = [small.clone_tree(tree) for tree in given]
-    after, shared = algorithm.server_update(*given, Cohort(1.0, 1.0))
+    update = algorithm.server_update(server, model.initial, aggregate_of(mean), svd)
+    after, shared = update.server, update.shared
     assert all(small.trees_equal(a, b) for a, b in zip(given, before, strict=True))
     assert list(after) == list(server) and list(shared) == list(model.initial)
     assert all(v.dtype == torch.float32 for v in (*after.values(), *shared.values()))
@@ -218,11 +224,19 @@ def test_a_step_writes_to_nothing_that_it_is_given(algorithm):
 
 @ALL
 def test_only_the_model_travels(algorithm):
-    run, state = small.make_experiment(algorithm, "bn_net", participation=0.6)
-    assert list(run.upload_layout.shapes) == list(run.trainer.model.leaves) == list(state.shared)
+    federation, state = small.make_experiment(algorithm, "bn_net", participation=0.6)
+    assert (
+        list(federation.aggregator.terms.flat.shapes)
+        == list(federation.clients.trainer.model.leaves)
+        == list(state.shared)
+    )
     assert state.personal == {} and state.server
-    _, row, _ = run_round(run, state, evaluate=False, stop=False)
-    assert row["bytes_up"] == row["bytes_down"] == 3 * 4 * numel(run.trainer.model.initial)
+    _, row, _ = run_round(federation, state, evaluate=False, stop=False)
+    assert (
+        row["bytes_up"]
+        == row["bytes_down"]
+        == 3 * 4 * numel(federation.clients.trainer.model.initial)
+    )
 
 
 @pytest.mark.parametrize("network", ["cnn", thorough_param("bn_net")])
@@ -230,8 +244,8 @@ def test_only_the_model_travels(algorithm):
 def test_loop_and_stack_agree(algorithm, network):
     states = []
     for stacked in (False, True):
-        run, state = small.make_experiment(algorithm, network, stacked=stacked)
-        states.append(small.run_rounds(run, state, 2))
+        federation, state = small.make_experiment(algorithm, network, stacked=stacked)
+        states.append(small.run_rounds(federation, state, 2))
     loop, stack = states
     small.assert_near(stack.shared, loop.shared)
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,7 +46,7 @@ from fedlora_mpi.cli import main
 from fedlora_mpi.config.experiment import Faults
 from fedlora_mpi.core.scheduling import assign_groups
 from fedlora_mpi.data.inputs import Images
-from fedlora_mpi.federation.federation import Run
+from fedlora_mpi.federation.cohorts import Cohorts
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi import watchdog
 from fedlora_mpi.mpi.comm import Mpi, Solo
@@ -372,6 +373,11 @@ def test_groups_that_have_a_home_stay_there_and_the_others_go_where_least_is_to_
 # Hangs.
 
 
+def in_training(text):
+    """Whether the stacks in ``text`` show the training of a round."""
+    return re.search(r'federation/round\.py", line \d+ in train$', text, re.M)
+
+
 HANGS = r"no progress for 8 s \(faults.timeout\) in round \d, the training of client \d(, \d)*; continue with "
 
 
@@ -390,7 +396,7 @@ def test_a_hang_ends_the_process_with_round_stage_and_stacks(tmp_path):
     assert ended.returncode == 1
     (told,) = package_lines(ended.stderr)
     assert re.fullmatch(rf"fedlora-mpi: (rank 0 of 1: )?{HANGS}'fedlora-mpi resume run'", told)
-    assert "in _train" in ended.stderr and 'dying.py", line' in ended.stderr
+    assert in_training(ended.stderr) and 'dying.py", line' in ended.stderr
 
 
 @thorough
@@ -402,7 +408,7 @@ def test_a_hang_ends_all_ranks_with_rank_round_stage_and_stacks(tmp_path):
         rf"fedlora-mpi: rank 2 of 3: {HANGS}'mpirun --with-ft ulfm -n 3 fedlora-mpi resume run'",
         told,
     )
-    assert "in _train" in ended.stderr and 'dying.py", line' in ended.stderr
+    assert in_training(ended.stderr) and 'dying.py", line' in ended.stderr
 
 
 @pytest.mark.slow
@@ -428,9 +434,7 @@ def test_a_hang_that_keeps_pythons_lock_ends_with_the_stacks(tmp_path):
     ]
     ended = run_process(run, tmp_path, timeout=60)
     assert (
-        ended.returncode == 1
-        and "Timeout (0:00:02.5" in ended.stderr
-        and "in _train" in ended.stderr
+        ended.returncode == 1 and "Timeout (0:00:02.5" in ended.stderr and in_training(ended.stderr)
     )
 
 
@@ -547,17 +551,19 @@ def skipping(ranks, settings, bad):
 
     def play_all(comm):
         parts = build(config, str(TINY), comm)
-        if bad is not None and parts.run.trainer.feed:
-            poisoned(parts.run.trainer.feed, bad, parts.split)
+        if bad is not None and parts.federation.clients.trainer.feed:
+            poisoned(parts.federation.clients.trainer.feed, bad, parts.split)
         state, moments = initial_state(parts), []
         for _ in range(3):
-            state, row, _ = run_round(parts.run, state, evaluate=True, stop=False)
+            state, row, _ = run_round(parts.federation, state, evaluate=True, stop=False)
             moments.append((clone_tree(state.shared), clone_tree(state.personal), row))
-        return parts.run, moments
+        return parts.federation, moments
 
     found = run_on_ranks(ranks, play_all)
-    runs = [run for run, _ in found]
-    joined = [join_personal(runs, [moments[at][1] for _, moments in found]) for at in range(3)]
+    federations = [federation for federation, _ in found]
+    joined = [
+        join_personal(federations, [moments[at][1] for _, moments in found]) for at in range(3)
+    ]
     return [(shared, joined[at], row) for at, (shared, _, row) in enumerate(found[0][1])]
 
 
@@ -574,7 +580,7 @@ def skipping(ranks, settings, bad):
 )
 @pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=thorough)])
 def test_a_skipped_client_is_the_same_on_any_number_of_ranks(settings, ranks):
-    bad = min(build_tiny(*settings).run.sample_cohort(0))
+    bad = min(build_tiny(*settings).federation.cohorts.sample(0).members)
     alone, other = (skipping(number, settings, bad) for number in (1, ranks))
     assert alone[0][2]["skipped"] == [bad] and np.isfinite(alone[0][2]["train_loss"])
     assert all(
@@ -596,10 +602,10 @@ def test_a_skipped_client_is_the_same_on_any_number_of_ranks(settings, ranks):
 )
 def test_a_skipped_client_is_as_if_it_were_not_in_the_cohort(settings, monkeypatch):
     settings = [*settings, "engine.path=loop"]  # in a stack bits depend on who else is in it
-    bad = min(build_tiny(*settings).run.sample_cohort(0))
+    bad = min(build_tiny(*settings).federation.cohorts.sample(0).members)
     skipped = skipping(1, settings, bad)
-    chosen = Run.sample_cohort
-    monkeypatch.setattr(Run, "sample_cohort", lambda run, round_: chosen(run, round_) - {bad})
+    sample = Cohorts._sample_members
+    monkeypatch.setattr(Cohorts, "_sample_members", lambda *given: sample(*given) - {bad})
     absent = skipping(1, settings, None)
     for was, would in zip(skipped, absent, strict=True):
         assert trees_equal(was[0], would[0]) and trees_equal(was[1], would[1])
@@ -611,29 +617,34 @@ def test_a_skipped_client_is_as_if_it_were_not_in_the_cohort(settings, monkeypat
 
 def test_a_skipped_client_weighs_nothing_where_absent_ones_count_as_they_were(monkeypatch):
     parts = build_tiny()
-    assert parts.run.algorithm.absent == "stale" and len(parts.run.sample_cohort(0)) < len(
-        parts.run.weight_N
-    )
-    bad = min(parts.run.sample_cohort(0))
+    assert parts.federation.algorithm.absent == "stale" and len(
+        parts.federation.cohorts.sample(0).members
+    ) < len(parts.federation.clients.weights)
+    bad = min(parts.federation.cohorts.sample(0).members)
     skipped = skipping(1, [], bad)[0]
-    made = build(tiny_config("faults.non_finite=skip"), str(TINY), parts.run.comm)
-    weightless = made.run.with_fields(
-        weight_N=tuple(0 if c == bad else w for c, w in enumerate(made.run.weight_N))
+    made = build(tiny_config("faults.non_finite=skip"), str(TINY), parts.federation.comm)
+    federation, clients = made.federation, made.federation.clients
+    clients = replace(
+        clients, weights=tuple(0 if c == bad else w for c, w in enumerate(clients.weights))
+    )
+    weightless = replace(
+        federation, clients=clients, cohorts=replace(federation.cohorts, tasks=(clients,))
     )
     state, _, _ = run_round(weightless, initial_state(made), evaluate=False, stop=False)
     assert trees_equal(skipped[0], state.shared)
     first = initial_state(made).personal
     assert all(
-        torch.equal(skipped[1][n][bad], first[n][made.run.row_of_client[bad]]) for n in first
+        torch.equal(skipped[1][n][bad], first[n][federation.placement.row_of_client[bad]])
+        for n in first
     )
 
 
 def test_by_default_such_a_client_ends_the_run():
-    parts = build(tiny_config(), str(TINY), build_tiny().run.comm)
-    bad = min(parts.run.sample_cohort(0))
-    poisoned(parts.run.trainer.feed, bad, parts.split)
+    parts = build(tiny_config(), str(TINY), build_tiny().federation.comm)
+    bad = min(parts.federation.cohorts.sample(0).members)
+    poisoned(parts.federation.clients.trainer.feed, bad, parts.split)
     with pytest.raises(Fault, match=f"round 1: the loss or upload of client {bad} is not finite"):
-        run_round(parts.run, initial_state(parts), evaluate=False, stop=False)
+        run_round(parts.federation, initial_state(parts), evaluate=False, stop=False)
 
 
 def test_when_nobody_is_left_the_shared_state_stays_and_a_line_says_it(tmp_path, capsys):

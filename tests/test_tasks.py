@@ -23,7 +23,7 @@ from runs import (
     tiny_config,
 )
 
-from fedlora_mpi.algorithm import Phase, Variables
+from fedlora_mpi.algorithm import Phase, Variables, used_samples
 from fedlora_mpi.config import digest, flatten, from_dict, read, resolved_dict, resolved_yaml
 from fedlora_mpi.config.blocks import ConfigError
 from fedlora_mpi.data.feed import Epoch
@@ -33,9 +33,10 @@ from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.plan import plan
-from fedlora_mpi.run.assembly import build, load_data
+from fedlora_mpi.run.assembly import build
 from fedlora_mpi.run.checkpointing import initial_state
 from fedlora_mpi.run.loop import resume
+from fedlora_mpi.run.parts import load_data
 
 EACH = ("data.tasks.classes=1", "data.tasks.rounds=1")
 PAIRS = ("data.tasks.classes=2", "data.tasks.rounds=2")
@@ -111,9 +112,9 @@ def test_a_task_has_its_training_samples_and_all_test_samples_so_far(size, tasks
 
 
 def test_a_task_lasts_its_rounds_and_the_last_one_stays():
-    run = build_tiny("data.tasks.classes=3", "data.tasks.rounds=2").run
-    first, last = run.task_runs
-    assert [run.for_round(round_) is first for round_ in range(6)] == [
+    federation = build_tiny("data.tasks.classes=3", "data.tasks.rounds=2").federation
+    first, last = federation.cohorts.tasks
+    assert [federation.cohorts.clients(round_) is first for round_ in range(6)] == [
         True,
         True,
         False,
@@ -121,17 +122,17 @@ def test_a_task_lasts_its_rounds_and_the_last_one_stays():
         False,
         False,
     ]
-    assert all(run.for_round(round_) is last for round_ in (2, 3, 4, 100))
-    assert first.for_round(100) is first
-    assert build_tiny().run.for_round(100) is build_tiny().run
+    assert all(federation.cohorts.clients(round_) is last for round_ in (2, 3, 4, 100))
+    plain = build_tiny().federation
+    assert plain.cohorts.clients(100) is plain.clients
 
 
 def test_sizes_and_weights_are_those_of_the_task():
     for algorithm, weights in (("fedavg", counts().T), ("fedlora", counts().T > 0)):
-        run = build_tiny(f"algorithm={algorithm}", *EACH).run
+        federation = build_tiny(f"algorithm={algorithm}", *EACH).federation
         for round_ in range(4):
-            assert run.for_round(round_).sizes == tuple(counts()[:, round_])
-            assert run.for_round(round_).weight_N == tuple(weights[round_])
+            assert federation.cohorts.clients(round_).sizes == tuple(counts()[:, round_])
+            assert federation.cohorts.clients(round_).weights == tuple(weights[round_])
 
 
 # What clients see
@@ -157,10 +158,10 @@ def seen(monkeypatch):
 @methods
 def test_a_round_sees_samples_of_its_task_and_is_judged_on_all_classes_so_far(method, seen):
     parts = build_tiny(*method, *EACH)
-    state, feed = initial_state(parts), parts.run.trainer.feed
+    state, feed = initial_state(parts), parts.federation.clients.trainer.feed
     for round_ in range(4):
         seen.clear()
-        state, _, _ = run_round(parts.run, state, evaluate=True, stop=False)
+        state, _, _ = run_round(parts.federation, state, evaluate=True, stop=False)
         trained = [(set(y), held) for store, y, held in seen if store is feed._train]
         judged = [c for store, y, _ in seen for c in y if store is feed._test]
         assert trained and set.union(*(y for y, _ in trained)) == {round_}
@@ -174,7 +175,7 @@ def test_every_sample_of_the_task_is_used_once_an_epoch(seen):
     state = initial_state(parts)
     for round_ in range(4):
         seen.clear()
-        state, row, _ = run_round(parts.run, state, evaluate=False, stop=False)
+        state, row, _ = run_round(parts.federation, state, evaluate=False, stop=False)
         present = [0, 1] if round_ < 2 else [2, 3]
         assert row["clients"] == np.count_nonzero(counts()[:, present].sum(1))
         found = Counter(c for _, y, _ in seen for c in y)
@@ -182,11 +183,11 @@ def test_every_sample_of_the_task_is_used_once_an_epoch(seen):
 
 
 def test_the_inputs_are_not_copied():
-    run = build_tiny(*EACH).run
-    for part in run.task_runs:
-        assert part.trainer.feed is not run.trainer.feed
-        assert part.trainer.feed._train is run.trainer.feed._train
-        assert part.trainer.feed._test is run.trainer.feed._test
+    federation = build_tiny(*EACH).federation
+    for part in federation.cohorts.tasks:
+        assert part.trainer.feed is not federation.clients.trainer.feed
+        assert part.trainer.feed._train is federation.clients.trainer.feed._train
+        assert part.trainer.feed._test is federation.clients.trainer.feed._test
 
 
 # Who takes part
@@ -194,29 +195,32 @@ def test_the_inputs_are_not_copied():
 
 @pytest.mark.parametrize("participation", [0.3, 0.6, 1.0])
 def test_the_cohort_is_drawn_among_those_who_hold_the_task(participation):
-    run = build_tiny(f"participation={participation}", *EACH).run
+    federation = build_tiny(f"participation={participation}", *EACH).federation
     for round_ in range(8):
         able = set(np.flatnonzero(counts()[:, min(round_, 3)]).tolist())
-        chosen = run.sample_cohort(round_)
+        chosen = federation.cohorts.sample(round_).members
         assert chosen <= able and len(chosen) == max(1, int(participation * len(able) + 1e-9))
-        assert chosen == run.for_round(round_).sample_cohort(round_)
-    assert len({run.sample_cohort(round_) for round_ in range(3, 20)}) > (participation < 1)
+        cohort = federation.cohorts.sample(round_)
+        assert cohort.clients is federation.cohorts.clients(round_) and cohort.round == round_
+    assert len({federation.cohorts.sample(round_).members for round_ in range(3, 20)}) > (
+        participation < 1
+    )
 
 
 @methods
 def test_clients_without_data_of_the_task_keep_their_variables(method):
-    run, moments = (
-        build_tiny(*method, "participation=1.0", *EACH).run,
+    federation, moments = (
+        build_tiny(*method, "participation=1.0", *EACH).federation,
         run_rounds(*method, "participation=1.0", *EACH)[0],
     )
     for round_ in range(4):
         without = np.flatnonzero(counts()[:, round_] == 0).tolist()
         assert moments[round_ + 1].row["clients"] == 7 - len(without)
         assert np.isnan(moments[round_ + 1].clients["accuracy_trained"][without]).all()
-        for number, kind in enumerate(run.kinds):
-            ids = [client for client in range(7) if run.kind_of[client] == number]
+        for number, client_type in enumerate(federation.clients.types):
+            ids = [client for client in range(7) if federation.clients.type_of[client] == number]
             still = [row for row, client in enumerate(ids) if client in without]
-            for leaf in (kind.prefix + name for name in kind.initial.personal):
+            for leaf in (client_type.prefix + name for name in client_type.initial.personal):
                 before, after = (moments[at].personal[leaf][still] for at in (round_, round_ + 1))
                 assert torch.equal(before, after), leaf
 
@@ -224,13 +228,16 @@ def test_clients_without_data_of_the_task_keep_their_variables(method):
 def test_the_mean_weighs_clients_by_their_samples_of_the_task():
     settings = ("algorithm=fedavg", "participation=1.0", *EACH)
     before, after = run_rounds(*settings)[0][2:4]
-    run, total = build_tiny(*settings).run.for_round(2), {n: 0.0 for n in before.shared}
+    federation, total = build_tiny(*settings).federation, {n: 0.0 for n in before.shared}
+    clients = federation.cohorts.clients(2)
     for members in (
         stack
-        for group in run.local_groups()
-        for stack in run.split_into_stacks(c for c in group if counts()[c, 2])
+        for group in federation.placement.groups_of(0)
+        for stack in federation.placement.split_into_stacks(
+            (c for c in group if counts()[c, 2]), clients
+        )
     ):
-        for done in run.trainer.train(members, before.shared, {}, 2) if members else ():
+        for done in clients.trainer.train(members, before.shared, {}, 2) if members else ():
             share = counts()[done.client, 2] / counts()[:, 2].sum()
             total = {n: v + share * done.end.shared[n].double() for n, v in total.items()}
     assert_near({n: v.float() for n, v in total.items()}, after.shared)
@@ -253,7 +260,7 @@ def test_accuracy_is_that_on_the_test_samples_of_the_classes_so_far():
     parts, moments = build_tiny(*settings), run_rounds(*settings)[0]
     data = load_data(parts.config, str(TINY))
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (data.mean, data.std))
-    images, network = (data.test.x / 255 - mean) / std, parts.run.trainer.model
+    images, network = (data.test.x / 255 - mean) / std, parts.federation.clients.trainer.model
     for round_, moment in enumerate(moments[1:]):
         column, expected = moment.clients["accuracy_aggregated"], np.full(7, np.nan)
         for client, rows in enumerate(parts.split.test):
@@ -290,7 +297,10 @@ def test_what_is_tuned_before_an_evaluation_is_the_model_of_those_who_hold_the_t
 def test_who_holds_no_sample_holds_none_out_and_uses_none():
     algorithm = build_tiny(*METHODS["fedapen"]).config.algorithm
     assert algorithm.held_out > 0
-    assert [algorithm.used(Phase(1, (), held_out=held), 0) for held in (True, False)] == [0, 0]
+    assert [used_samples(algorithm, Phase(1, (), held_out=held), 0) for held in (True, False)] == [
+        0,
+        0,
+    ]
 
 
 # What it leaves alone
@@ -339,8 +349,9 @@ def test_one_task_of_all_classes_is_none(method):
 def test_the_split_of_a_run_is_that_of_all_classes():
     assert build_tiny(*EACH).split.digest() == build_tiny().split.digest()
     assert (
-        build_tiny(*EACH).run.groups == build_tiny().run.groups
-        and build_tiny(*EACH).run.rank_of_group == build_tiny().run.rank_of_group
+        build_tiny(*EACH).federation.placement.groups == build_tiny().federation.placement.groups
+        and build_tiny(*EACH).federation.placement.rank_of_group
+        == build_tiny().federation.placement.rank_of_group
     )
 
 
@@ -359,14 +370,15 @@ def test_tasks_do_with_rotated_images_and_augmentation():
 
 
 def test_flops_are_those_of_the_samples_of_the_task():
-    run, moments = (
-        build_tiny("algorithm=fedlora", *EACH).run,
+    federation, moments = (
+        build_tiny("algorithm=fedlora", *EACH).federation,
         run_rounds("algorithm=fedlora", *EACH)[0],
     )
-    flops = Flops(run.trainer, run.kinds[0].initial)
+    flops = Flops(federation.clients.trainer, federation.clients.types[0].initial)
     for round_ in range(4):
         each = [
-            flops.round_flops(int(counts()[c, round_]), round_) for c in run.sample_cohort(round_)
+            flops.round_flops(int(counts()[c, round_]), round_)
+            for c in federation.cohorts.sample(round_).members
         ]
         assert moments[round_ + 1].row["flops"] == sum(each) > 0
 
@@ -451,6 +463,7 @@ def test_a_plan_is_for_the_first_task():
         line.split()[0]: line for line in plan(tiny_config(*EACH), Path(TINY).name, 2).splitlines()
     }
     assert (
-        f"{len(build_tiny(*EACH).run.sample_cohort(0))} of 7 clients" in lines["round"]
+        f"{len(build_tiny(*EACH).federation.cohorts.sample(0).members)} of 7 clients"
+        in lines["round"]
         and "for 4 rounds" in lines["time"]
     )

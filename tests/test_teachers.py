@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiers import STACK_FIRST, thorough_param
 from torch import nn
 
-from fedlora_mpi.algorithm import Batch, LocalTraining, Variables
+from fedlora_mpi.algorithm import Batch, LocalTraining, Transport, Variables, phases_of
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.moon import MOON
 from fedlora_mpi.algorithms.pfedsd import PFedSD
@@ -39,8 +39,8 @@ def numbers(*shape, at=0):
 @cache
 def outcome(algorithm, network="bn_net", rounds=2, **how):
     """(Run, State) after ``rounds`` rounds. Cached: change nothing in it, and play no further."""
-    run, state = small.make_experiment(algorithm, network, **how)
-    return run, small.run_rounds(run, state, rounds)
+    federation, state = small.make_experiment(algorithm, network, **how)
+    return federation, small.run_rounds(federation, state, rounds)
 
 
 def plain(algorithm, **how):
@@ -68,7 +68,7 @@ def gradients(made, v, data, start=None):
     leaves = {
         n: w.clone().requires_grad_(made.model.role(n) != "stats") for n, w in v.shared.items()
     }
-    (phase,) = made.algorithm.phases(made.model, made.settings, 0)
+    (phase,) = phases_of(made.algorithm.local(made.model, made.settings, 0))
     loss = phase.steps[0].loss(Variables(leaves, v.personal), start or v, data)
     trained = {n: w for n, w in leaves.items() if w.requires_grad}
     return dict(
@@ -125,18 +125,24 @@ def test_loop_and_stack_train_alike(algorithm, network):
 @METHODS
 @STACK_FIRST
 def test_the_teacher_is_what_a_participant_trained_last(algorithm, stacked):
-    run, state = small.make_experiment(algorithm, "bn_net", participation=0.6, stacked=stacked)
-    before, chosen, ends = small.clone_tree(state.personal), run.sample_cohort(0), {}
-    for group in run.local_groups():
+    federation, state = small.make_experiment(
+        algorithm, "bn_net", participation=0.6, stacked=stacked
+    )
+    before, chosen, ends = (
+        small.clone_tree(state.personal),
+        federation.cohorts.sample(0).members,
+        {},
+    )
+    for group in federation.placement.groups:
         members = [c for c in group if c in chosen]
         rows = {n: v[: len(members)] for n, v in before.items()}  # all start equal
         ends |= {
             d.client: small.clone_tree(d.end.shared)
-            for d in run.trainer.train(members, state.shared, rows, 0)
+            for d in federation.clients.trainer.train(members, state.shared, rows, 0)
         }
-    state = small.run_rounds(run, state, 1)
+    state = small.run_rounds(federation, state, 1)
     assert set(ends) == chosen and len(chosen) == 3
-    for row, client in enumerate(run.local_clients):
+    for row, client in enumerate(federation.placement.local_clients):
         if client in chosen:
             teacher = last(state, row)
             assert small.trees_equal(teacher, {n: ends[client][n] for n in teacher}), client
@@ -165,17 +171,25 @@ def test_a_teacher_leaves_no_trace(algorithm, stacked):
 @METHODS
 def test_the_network_alone_trains(algorithm):
     made = small.make_trainer(algorithm, "bn_net")
-    ((step,),) = (phase.steps for phase in algorithm.phases(made.model, made.settings, 0))
+    ((step,),) = (phase.steps for phase in phases_of(algorithm.local(made.model, made.settings, 0)))
     v = small.initial_variables(made)
     assert all(map(step.trains, v.shared)) and not any(map(step.trains, v.personal))
 
 
 @METHODS
 def test_the_message_is_the_model(algorithm):
-    run, state = small.make_experiment(algorithm, "bn_net")
-    assert set(run.upload_layout.shapes) == set(state.shared) == set(run.trainer.model.initial)
-    _, row, _ = run_round(run, state, evaluate=False, stop=False)
-    assert row["bytes_up"] == row["bytes_down"] == 5 * 4 * numel(run.trainer.model.initial)
+    federation, state = small.make_experiment(algorithm, "bn_net")
+    assert (
+        set(federation.aggregator.terms.flat.shapes)
+        == set(state.shared)
+        == set(federation.clients.trainer.model.initial)
+    )
+    _, row, _ = run_round(federation, state, evaluate=False, stop=False)
+    assert (
+        row["bytes_up"]
+        == row["bytes_down"]
+        == 5 * 4 * numel(federation.clients.trainer.model.initial)
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,12 +268,17 @@ def test_the_two_teachers_of_pfedsd_differ():
 
 
 def test_pfedsd_is_judged_before_the_mean():
-    run, state = small.make_experiment(PFedSD(), "bn_net", participation=0.6)
-    state, row, clients = run_round(run, state, evaluate=True, stop=False)
-    model, chosen = run.trainer.model.eval_mode(), run.sample_cohort(0)
+    federation, state = small.make_experiment(PFedSD(), "bn_net", participation=0.6)
+    state, row, clients = run_round(federation, state, evaluate=True, stop=False)
+    model, chosen = (
+        federation.clients.trainer.model.eval_mode(),
+        federation.cohorts.sample(0).members,
+    )
     assert len(chosen) == 3
-    for at, client in enumerate(run.local_clients):
-        tests = run.trainer.feed.test_batch([client], 0, run.trainer.feed.test_size(client))
+    for at, client in enumerate(federation.placement.local_clients):
+        tests = federation.clients.trainer.feed.test_batch(
+            [client], 0, federation.clients.trainer.feed.test_size(client)
+        )
         tree = last(state, at) if client in chosen else state.shared
         loss = F.cross_entropy(model(tree, tests.x[0]), tests.y[0]).item()
         assert clients["loss"][client] == pytest.approx(loss, rel=1e-5)
@@ -340,7 +359,7 @@ def test_moon_without_a_difference_between_its_teachers_is_fedavg():
     made = small.make_trainer(MOON(), "bn_net")
     v, data = small.initial_variables(made), batch(made)
     grads, loss = gradients(made, v, data)
-    other = replace(made, algorithm=MOON(mu=0.0))
+    other = replace(made, transport=Transport(MOON(mu=0.0)))
     expected, ce = gradients(other, v, data)
     small.assert_near(grads, expected)
     assert loss - ce == pytest.approx(5.0 * torch.tensor(2.0).log().item(), rel=1e-5)

@@ -443,14 +443,16 @@ def yaml(root):
 def test_the_low_rank_parts_are_on_attention_and_head(yaml):
     built = build_run(read(yaml), str(yaml), Solo())
     decomposed = {
-        n.removesuffix("..A") for n in built.run.kinds[0].initial.personal if n.endswith(".A")
+        n.removesuffix("..A")
+        for n in built.federation.clients.types[0].initial.personal
+        if n.endswith(".A")
     }
     assert decomposed == {
         "blocks.0.attention.in_proj_weight",
         "blocks.0.attention.out_proj.weight",
         "head.weight",
     }
-    assert built.run.kinds[0].initial.personal["head.weight..A"].shape == (2, 6)
+    assert built.federation.clients.types[0].initial.personal["head.weight..A"].shape == (2, 6)
 
 
 def test_a_resume_moves_no_bit_and_the_folder_keeps_the_vocabulary(yaml, root):

@@ -387,8 +387,8 @@ def of(method, network="backbone", *more):
     ),
 )
 def test_frozen_parameters_are_nobodys_variables(method):
-    run, end = build_tiny(*of(method)).run, run_rounds(*of(method))[0][-1]
-    model, tree = run.trainer.model, end.shared | end.personal
+    federation, end = build_tiny(*of(method)).federation, run_rounds(*of(method))[0][-1]
+    model, tree = federation.clients.trainer.model, end.shared | end.personal
     assert model.frozen_leaves.keys() == FROZEN and not FROZEN & model.leaves.keys()
     assert not [n for n in tree if n.endswith(tuple(FROZEN))]
     start = run_rounds(*of(method))[0][0]

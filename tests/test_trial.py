@@ -69,23 +69,29 @@ def test_compiling_is_tried_on_long_runs_alone(samples, there, tried, monkeypatc
 
 
 def test_a_trial_trains_copies_and_counts_samples(monkeypatch):
-    run = build_tiny().run
-    kind, asked = run.kinds[0], []
-    clients = run.split_into_stacks(run.groups[0])[0]
-    before = {n: v.clone() for n, v in (kind.initial.shared | kind.initial.personal).items()}
+    federation = build_tiny().federation
+    (client_type,), asked = federation.clients.types, []
+    placement = federation.placement
+    clients = placement.split_into_stacks(placement.groups[0], federation.clients)[0]
+    before = {
+        n: v.clone() for n, v in (client_type.initial.shared | client_type.initial.personal).items()
+    }
     clock = iter([0, 5, 5, 7, 7, 10, 10, 13])  # the first of four repeats takes 5 s, the best 2
     monkeypatch.setattr(trial.time, "perf_counter", lambda: next(clock))
-    own = type(kind.trainer).train
+    own = type(client_type.trainer).train
     monkeypatch.setattr(
-        type(kind.trainer),
+        type(client_type.trainer),
         "train",
         lambda self, ids, *rest: asked.append(ids) or own(self, ids, *rest),
     )
-    found = measure_speed(stack(2), [(kind.trainer, kind.initial, clients)])
-    samples = sum(min(16, run.sizes[c]) for c in clients) * 3  # two batches of 8, three epochs
+    found = measure_speed(stack(2), [(client_type.trainer, client_type.initial, clients)])
+    samples = (
+        sum(min(16, federation.clients.sizes[c]) for c in clients) * 3
+    )  # two batches of 8, three epochs
     assert (found.sample_seconds, found.compile_seconds, asked) == (2 / samples, 3, [clients] * 4)
     assert all(
-        (v == before[n]).all() for n, v in (kind.initial.shared | kind.initial.personal).items()
+        (v == before[n]).all()
+        for n, v in (client_type.initial.shared | client_type.initial.personal).items()
     )
 
 

@@ -439,7 +439,8 @@ def backbone(here):
 
 def test_every_client_of_the_network_starts_from_the_file(backbone):
     mix = f"model={{mix: [{{name: cnn, width: 4, hidden: 8, weights: {backbone}}}, {{name: cnn, width: 4, hidden: 8}}]}}"
-    first, second = (kind.initial for kind in build_tiny(mix, "algorithm=local").run.kinds)
+    types = build_tiny(mix, "algorithm=local").federation.clients.types
+    first, second = (client_type.initial for client_type in types)
     assert trees_equal(first.personal, tiny_net(7).initial)
     assert trees_equal(second.personal, tiny_net(1).initial)
 

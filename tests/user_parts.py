@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from fedlora_mpi.algorithm import Algorithm, Variables
+from fedlora_mpi.algorithm import Algorithm, Transport, Upload, Variables
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.models.zoo import cnn
 
@@ -78,12 +78,12 @@ def slow(classes: int, shape: tuple[int, ...]) -> nn.Module:
 class FailsOnRank2(FedAvg):
     """FedAvg until the first client of rank 2 has trained."""
 
-    def upload(self, start, end):
+    def upload(self, start, end, round_):
         from mpi4py import MPI
 
         if MPI.COMM_WORLD.rank == 2 and end is not start:
             raise KeyError("a mistake in the user's upload")
-        return end.shared
+        return super().upload(start, end, round_)
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ class Breaks(FedAvg):
     client: int = 2
     breaks: bool = False
 
-    def for_client(self, client, clients):
-        return replace(self, breaks=client == self.client)
+    def transport(self, client, clients):
+        return Transport(replace(self, breaks=client == self.client))
 
-    def upload(self, start, end):
+    def upload(self, start, end, round_):
         broken = self.breaks and end is not start
-        return {n: v * float("nan") if broken else v for n, v in end.shared.items()}
+        return Upload({n: v * float("nan") if broken else v for n, v in end.shared.items()})
 
 
 @dataclass(frozen=True)

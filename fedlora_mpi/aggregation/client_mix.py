@@ -34,7 +34,7 @@ class PackedMix(NamedTuple):
 
     rows: Tensor  # [D]
     key: Tensor  # [K]; the rows themselves when the offer has no key
-    aux: Tensor  # [k]
+    extra: Tensor  # [k]
 
     def is_summable(self) -> bool:
         """Whether all numbers are finite and the key's part of a Gram matrix can be summed."""
@@ -49,7 +49,8 @@ class Mixing:
     row_layout: Layout
     key_size: int  # numbers of a key; 0: the rows are the key
     key_dtype: torch.dtype  # of the keys in a message
-    aux: int  # extra numbers of one client
+    extra: int  # extra numbers of one client
+    centered: bool  # see ``Mix``
     bytes_up: int  # bytes that one client sends for the mix, in addition to its upload
     rank_of_client: tuple[int, ...]
     owners: tuple[int, ...]  # ranks that mix coordinates
@@ -71,20 +72,22 @@ class Mixing:
         initial = Variables(
             tmap(Tensor.clone, initial.shared), tmap(Tensor.clone, initial.personal)
         )
-        offer = algorithm.offer(initial, initial)
+        upload = algorithm.upload(initial, initial, 0)
+        offer = upload.mix
         if offer is None:
             return None
         rows, rank_of_client = Layout.of(offer.rows), tuple(rank_of_client)
         total_bytes = rows.dtype.itemsize * rows.size * len(rank_of_client)
         spread = route == "spread" or (route == "auto" and total_bytes > ROOT_BYTES)
-        key_size, aux = (0 if part is None else part.numel() for part in (offer.key, offer.extra))
+        key_size, extra = (0 if part is None else part.numel() for part in (offer.key, offer.extra))
         key_dtype = rows.dtype if offer.key is None else joint_dtype([offer.key.dtype])
-        upload_bytes = _upload_nbytes(offer, algorithm.upload(initial, initial))
+        upload_bytes = _upload_nbytes(offer, upload.message)
         return cls(
             rows,
             key_size,
             key_dtype,
-            aux,
+            extra,
+            offer.centered,
             upload_bytes,
             rank_of_client,
             tuple(workers) if spread else (0,),
@@ -101,13 +104,13 @@ class Mixing:
             2 * self.row_layout.dtype.itemsize * self.row_layout.size
             + self.key_dtype.itemsize * self.key_size
         )
-        return vectors + ranks * ExactSum(clients * (clients + self.aux)).buffer.nbytes
+        return vectors + ranks * ExactSum(clients * (clients + self.extra)).buffer.nbytes
 
     def pack(self, offer: Mix) -> PackedMix:
         """A copy of the offer, whose tensors may be views of variables that change later."""
-        key, aux = (torch.zeros(0) if part is None else part for part in (offer.key, offer.extra))
-        rows, key, aux = to_host(
-            [self.row_layout.pack(offer.rows).detach(), key.detach(), aux.detach()]
+        key, extra = (torch.zeros(0) if part is None else part for part in (offer.key, offer.extra))
+        rows, key, extra = to_host(
+            [self.row_layout.pack(offer.rows).detach(), key.detach(), extra.detach()]
         )
 
         def flat(part, dtype):
@@ -117,7 +120,7 @@ class Mixing:
         return PackedMix(
             rows,
             flat(key, self.key_dtype) if self.key_size else rows,
-            flat(aux, joint_dtype([aux.dtype])),
+            flat(extra, joint_dtype([extra.dtype])),
         )
 
     def mix(
@@ -145,7 +148,7 @@ class Mixing:
             keys = self._gather_coordinates(
                 comm, {c: o.key for c, o in offers.items()}, ids, self.key_size, self.key_dtype
             )
-        gram, extra = self._gram(comm, algorithm.center_keys, keys, offers, ids)
+        gram, extra = self._gram(comm, keys, offers, ids)
         weights = algorithm.mix(gram, extra, round_) if len(ids) > 1 else torch.ones_like(gram)
         assert weights.shape == (len(ids), len(ids)), (
             f"mix gave {list(weights.shape)} for {len(ids)} clients"
@@ -160,23 +163,22 @@ class Mixing:
     def _gram(
         self,
         comm: Comm,
-        centred: bool,
         keys: Tensor,
         offers: Mapping[int, PackedMix],
         ids: list[int],
     ) -> tuple[Tensor, Tensor]:
-        """Inner products of the keys [n, n] and the aux numbers [n, k], float64, on every rank."""
+        """Inner products of the keys [n, n] and extra numbers [n, k], float64, on every rank."""
         n = len(ids)
-        sums = ExactSum(n * (n + self.aux))
+        sums = ExactSum(n * (n + self.extra))
         for block in _column_blocks(keys):
             key = block.double()
-            key = key - key.mean(0) if centred else key
+            key = key - key.mean(0) if self.centered else key
             sums.add((key @ key.T).flatten(), 1)
         for client, offer in offers.items():
-            sums.add(offer.aux, 1, offset=n * n + ids.index(client) * self.aux)
+            sums.add(offer.extra, 1, offset=n * n + ids.index(client) * self.extra)
         comm.sum(sums.buffer)
-        gram, aux = sums.total().split([n * n, n * self.aux])
-        return gram.view(n, n), aux.view(n, self.aux)
+        gram, extra = sums.total().split([n * n, n * self.extra])
+        return gram.view(n, n), extra.view(n, self.extra)
 
     def _coordinate_ranges(self, comm: Comm, size: int) -> list[tuple[int, int]]:
         """The coordinates of each rank: whole blocks, divided evenly among the owners."""

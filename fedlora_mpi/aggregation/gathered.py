@@ -1,6 +1,6 @@
 """Uploads that travel unexpanded, with different sizes, instead of as terms of a sum.
 
-This pays if the terms are larger than the uploads (see ``Algorithm.expand``).
+This pays if the terms are larger than the uploads (see ``Transport.expand``).
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..algorithm import Algorithm
 from ..core.tree import Tree
 from ..mpi.comm import Comm
 from .flat_layout import Layout, joint_dtype
@@ -51,7 +50,7 @@ def gather_remote_uploads(
 
 
 def should_gather(
-    requested: str, algorithm: Algorithm, upload_bytes: float, term_layout: Layout, reduce: str
+    requested: str, expands: bool, upload_bytes: float, term_layout: Layout, reduce: str
 ) -> bool:
     """Whether uploads travel unexpanded, so that every rank expands those of all clients.
 
@@ -62,7 +61,6 @@ def should_gather(
     """
     if requested != "auto":
         return requested == "gather"
-    expands = type(algorithm).expand is not Algorithm.expand
     return (
         expands
         and upload_bytes

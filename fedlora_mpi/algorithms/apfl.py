@@ -24,12 +24,12 @@ starts from alpha_i = 1.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Sgd, Step, Variables
+from ..algorithm import Batch, LocalTraining, Phase, Sgd, Step, Variables
+from ..components.averaging import Averaging
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -41,14 +41,12 @@ _OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
-class APFL(Algorithm):
+class APFL(Averaging):
     """``alpha`` is the initial alpha_i of every client; it stays fixed unless ``adaptive``."""
 
     alpha: float = 0.5
     adaptive: bool = True
     alpha_decay: float = 0.0
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, alpha="[0, 1]", alpha_decay="[0, inf)")
@@ -57,7 +55,7 @@ class APFL(Algorithm):
         v = add_prefix(model.initial, _OWN)
         return Variables(shared=model.initial, personal=v | {_MIX_ALPHA: torch.tensor(self.alpha)})
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         parameters = {n for n in model.leaves if model.role(n) != "stats"}
         own_parameters = {_OWN + n for n in parameters}
 

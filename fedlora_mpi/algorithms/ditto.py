@@ -9,21 +9,18 @@ client's personal model, which is kept between rounds:
 
 Predictions are those of v_i.
 
-BatchNorm: v_i has its own running statistics, which are not pulled. Those of w are averaged.
-
-Bytes per client and round: all leaves up, all leaves down.
-
-Deviations: none. The default lam is that of the authors' FMNIST script; their code can also choose
-among 0.1, 1 and 2 by validation loss. PFLlib trains v_i first, in separate epochs
-(``plocal_epochs``), and calls lam mu.
+BatchNorm: v_i has its own running statistics, which are not pulled. Those of w are averaged. Bytes
+per client and round: all leaves up, all leaves down. Deviations: none. The default lam is that of
+the authors' FMNIST script; their code can also choose among 0.1, 1 and 2 by validation loss. PFLlib
+trains v_i first, in separate epochs (``plocal_epochs``), and calls lam mu.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..algorithm import Batch, LocalTraining, Phase, Step, Variables
+from ..components.averaging import Averaging
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -34,12 +31,10 @@ _OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
-class Ditto(Algorithm):
+class Ditto(Averaging):
     """With ``lam: 0``, v_i trains as in Local. w is that of FedAvg for every ``lam``."""
 
     lam: float = 1.0
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)")
@@ -47,21 +42,21 @@ class Ditto(Algorithm):
     def init(self, model: Model, rng: Generator) -> Variables:
         return Variables(shared=model.initial, personal=add_prefix(model.initial, _OWN))
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         base_loss = self.loss(model)
         parameters = [n for n in model.leaves if model.role(n) != "stats"]
         own_parameters = {_OWN + n for n in parameters}
 
-        def personal_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+        def own_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             penalty = sq_dist(self.client_model(model, now), start.shared, parameters)
             return base_loss(now, start, batch) + self.lam / 2 * penalty
 
         def shared_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             return cross_entropy(model(now.shared, batch.x), batch)
 
-        # Neither loss reads what the other step updates, so the order does not matter.
+        # neither loss reads what the other step updates, so the order does not matter
         steps = (
-            Step(personal_loss, own_parameters.__contains__),
+            Step(own_loss, own_parameters.__contains__),
             Step(shared_loss, parameters.__contains__),
         )
         return (Phase(train.epochs, steps),)

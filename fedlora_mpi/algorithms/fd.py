@@ -14,47 +14,46 @@ round 1. With ``outputs: logits``, z_kc is the mean of the logits, and a client 
 softmax of zhat_kc. Aggregation does not change a client's network, so the accuracy is the same
 before and after it.
 
-BatchNorm: all of it is personal. The shared outputs are those of evaluation mode.
-
-Bytes per client and round: up, as many numbers as there are classes for each class that the client
-holds; down, the same for each class that some client of the last round held. The message that says
-which classes these are is not counted.
-
-Deviations: the paper averages the outputs during training, while the model changes; here the mean
-is that of the trained model over all training data. HtFLlib averages over all clients, including
-the client itself, and averages logits, which it uses as probabilities.
+BatchNorm: all of it is personal. The shared outputs are those of evaluation mode. Bytes per client
+and round: up, as many numbers as there are classes for each class that the client holds; down, the
+same for each class that some client of the last round held. The message that says which classes
+these are is not counted. Deviations: the paper averages the outputs during training, while the
+model changes; here the mean is that of the trained model over all training data. HtFLlib averages
+over all clients, including the client itself, and averages logits, which it uses as probabilities.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..algorithm import (
+    Aggregate,
+    Algorithm,
+    Batch,
+    LocalTraining,
+    Phase,
+    Step,
+    Svd,
+    Transport,
+    Update,
+    Upload,
+    Variables,
+    Visit,
+)
+from ..components.outputs import distill, held_numel, no_outputs, outputs_of_others, show_outputs
 from ..components.prototypes import client_class_means
-from ..core.batch import cross_entropy, mean
+from ..core.batch import cross_entropy
 from ..core.bounds import bounded
-from ..core.names import method_leaf_name
 from ..core.tree import Tree
 from ..models.network import Model
-
-_OWN_OUTPUTS = method_leaf_name("own", "outputs")
-_OWN_ROUND = method_leaf_name("own", "round")
-_CLASS_OUTPUTS = method_leaf_name("class", "outputs")
-_CLASS_HOLDERS = method_leaf_name("class", "holders")
 
 
 @dataclass(frozen=True)
 class FD(Algorithm):
-    """``class.outputs`` is the sum of z_kc over clients; ``class.holders`` is the number of clients
-    that hold each class. ``own.outputs`` is the client's z_k of round ``own.round`` (counted from
-    1; 0: none yet).
-    """
+    """``gamma: 0`` is Local. For the leaves see ``components/outputs.py``."""
 
     weights = "uniform"
-    sums = True
-    needs_all_data = True
     gamma: float = 1.0
     outputs: Literal["probabilities", "logits"] = "probabilities"
 
@@ -62,68 +61,45 @@ class FD(Algorithm):
         bounded(self, gamma="[0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Variables:
-        no_outputs = torch.zeros(model.classes, model.classes)
-        own_leaves = {_OWN_OUTPUTS: no_outputs, _OWN_ROUND: torch.zeros(1)}
-        return Variables(
-            {_CLASS_OUTPUTS: no_outputs, _CLASS_HOLDERS: no_outputs[0]}, model.initial | own_leaves
-        )
+        v = no_outputs(model.classes)
+        return v._replace(personal=model.initial | v.personal)
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         gamma = self.gamma if round_ else 0.0
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             logits = self.logits(model, now, batch.x)
             fit = cross_entropy(logits, batch)
-            return (
-                fit
-                + gamma * distill(logits, *self.teacher_outputs(start, batch.counts, round_), batch)
-                if gamma
-                else fit
-            )
+            if not gamma:
+                return fit
+            teacher = self.teacher_outputs(start, batch.counts, round_)
+            return fit + gamma * distill(logits, *teacher, batch)
 
-        def mark_round(v: Variables) -> Variables:
-            return v._replace(
-                personal=v.personal
-                | {_OWN_ROUND: torch.full_like(v.personal[_OWN_ROUND], round_ + 1)}
-            )
+        def outputs(w: Tree, x: Tensor) -> Tensor:
+            logits = model.eval_mode()(w, x)
+            return logits.softmax(1) if self.outputs == "probabilities" else logits
 
-        return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),), after=mark_round),)
+        def show(start: Variables, now: Variables, data: Batch) -> Variables:
+            w = self.client_model(model, now)
+            z = client_class_means(lambda x: outputs(w, x), data)
+            v = show_outputs(z, data.counts, round_)
+            return v._replace(personal=now.personal | v.personal)
+
+        phase = Phase(train.epochs, (Step(loss, model.leaves.__contains__),))
+        return phase, Visit(show, all_data=True)
 
     def teacher_outputs(self, v: Variables, counts: Tensor, round_: int) -> tuple[Tensor, Tensor]:
         """zhat [classes, classes], one row per class, and the number of other clients that hold
         each class [classes].
         """
-        # per class: 1 if the sums include this client, else 0
-        is_own_included = ((v.personal[_OWN_ROUND] == round_) & (counts > 0)).to(counts)
-        holders = v.shared[_CLASS_HOLDERS] - is_own_included
-        zhat = (
-            v.shared[_CLASS_OUTPUTS] - is_own_included[:, None] * v.personal[_OWN_OUTPUTS]
-        ) / holders.clamp(min=1)[:, None]
+        zhat, holders = outputs_of_others(v, counts, round_)
         return (zhat if self.outputs == "probabilities" else zhat.softmax(1)), holders
 
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        eval_model, w = model.eval_mode(), self.client_model(model, end)
-        z = client_class_means(
-            lambda x: (
-                eval_model(w, x).softmax(1) if self.outputs == "probabilities" else eval_model(w, x)
-            ),
-            data,
-        )
-        class_sums = {_CLASS_OUTPUTS: z, _CLASS_HOLDERS: (data.counts > 0).to(z)}
-        return Variables(class_sums, end.personal | {_OWN_OUTPUTS: z})
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
+        return Upload(sum=end.shared, numel=held_numel({}, end.shared, round_))
 
-    def upload_numel(self, start: Variables, end: Variables) -> Tensor:
-        return self.download_numel(end.shared)
+    def transport(self, client: int, clients: int) -> Transport:
+        return Transport(self, download_numel=held_numel)
 
-    def download_numel(self, shared: Tree) -> Tensor:
-        return (shared[_CLASS_HOLDERS] > 0).sum() * len(shared[_CLASS_HOLDERS])
-
-
-def distill(logits: Tensor, zhat: Tensor, holders: Tensor, batch: Batch) -> Tensor:
-    """CE(zhat_y, softmax(logits)), the mean over all real examples. Examples whose class has no
-    holder contribute zero.
-    """
-    example_losses = -(zhat[batch.y] * logits.log_softmax(1)).sum(1)
-    return mean(torch.where(holders[batch.y] > 0, example_losses, 0), batch)
+    def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
+        return Update(aggregate.sum, server)

@@ -37,11 +37,13 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Variables
-from ..components.lora.one_factor import ROUND, SEED, OneFactor
-from ..core.names import display_name, factor_name, is_factor
+from ..components.lora.one_factor import OneFactor
+from ..core.names import display_name, factor_name, is_factor, method_leaf_name
 from ..core.seeds import derive_key, uniform
 from ..core.tree import Tree, tmap
 from ..models.network import Model
+
+_SEED = method_leaf_name("turn", "seed")
 
 
 @dataclass(frozen=True)
@@ -61,46 +63,37 @@ class FedRACLoRA(OneFactor):
 
     def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
-        shared |= {
-            factor_name(n, "W"): torch.zeros(*size)
-            for n, size in self.adapted_shapes(model).items()
-        }
         # below 2^24, so float32 holds it exactly
-        shared |= {SEED: torch.randint(2**24, (), generator=rng).float()}
-        return Variables(shared | self.start_factors(shared), personal)
+        seed = torch.randint(2**24, (), generator=rng).float()
+        shared |= self.zero_updates(model) | {_SEED: seed}
+        return Variables(shared | self.start_factors(shared, 0), personal)
 
-    def download_numel(self, shared: Tree) -> int:
-        return self.trained_numel(shared, int(shared[ROUND]) - 1) + 1
+    def received_numel(self, server: Tree, shared: Tree, round_: int) -> int:
+        return self.trained_numel(shared, round_ - 1) + 1
 
-    def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        updated = super().aggregate(shared, mean)
+    def merge_terms(self, shared: Tree, terms: Tree, round_: int) -> Tree:
+        trained = super().merge_terms(shared, terms, round_)
         # in float64, so that a server without a GPU rounds to the same bits as GPU workers
-        double_leaves = tmap(Tensor.double, shared | updated)
-        merged = {
-            factor_name(n, "W"): update.to(shared[factor_name(n, "W")].dtype)
-            for n, update in self.delta(double_leaves).items()
-        }
-        return updated | merged | self.start_factors(shared | updated)
+        updates = self.delta(tmap(Tensor.double, shared | trained))
+        dtypes = {n: shared[factor_name(n, "W")].dtype for n in updates}
+        merged = {factor_name(n, "W"): d.to(dtypes[n]) for n, d in updates.items()}
+        return merged | self.start_factors(shared, round_ + 1)
 
-    def start_factors(self, shared: Tree) -> Tree:
-        """The factors at the start of the round: one is zero; the other depends only on the seed,
-        the round and the weight's name.
+    def start_factors(self, shared: Tree, round_: int) -> Tree:
+        """The factors at the start of round ``round_``: one is zero; the other depends only on the
+        seed, the round and the weight's name.
         """
-        seed, round_ = int(shared[SEED]), int(shared[ROUND])
+        seed, zero = int(shared[_SEED]), self.active_factor(round_)
 
         def new_sketch(n, v):
-            return self.draw_sketch(
-                derive_key(seed, "sketch", round_, display_name(n)), v.shape
-            ).to(v)
+            number = derive_key(seed, "sketch", round_, display_name(n))
+            return self.draw_sketch(number, v.shape).to(v)
 
-        def start_value(n, v):
-            return (
-                torch.zeros_like(v)
-                if is_factor(n, self.active_factor(round_))
-                else new_sketch(n, v)
-            )
-
-        return {n: start_value(n, v) for n, v in shared.items() if is_factor(n)}
+        return {
+            n: torch.zeros_like(v) if is_factor(n, zero) else new_sketch(n, v)
+            for n, v in shared.items()
+            if is_factor(n)
+        }
 
     def draw_sketch(self, number: int, shape: tuple[int, ...]) -> Tensor:
         """A sketch, [r, d] or [d, r] with r <= d. It is drawn on the CPU, so that clients and

@@ -34,14 +34,20 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Batch, Cohort, LocalTraining, Variables
+from ..algorithm import Aggregate, LocalTraining, Phase, Svd, Term, Update, Upload, Variables, Visit
 from ..components.lora.calibrated import CalibratedTuning
-from ..core.names import is_factor, method_leaf_name
+from ..components.lora.class_rows import (
+    OWN,
+    SEEN,
+    check_rows,
+    keep_other_rows,
+    mark_own_classes,
+    marked_numel,
+    mask_unseen,
+    mean_of_owners,
+)
 from ..core.tree import Tree, add_prefix, select_prefix
 from ..models.network import Model
-
-_SEEN = method_leaf_name("seen")
-_OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
@@ -53,80 +59,36 @@ class FedTaLoRA(CalibratedTuning):
 
     def check(self, model: Model, train: LocalTraining) -> None:
         super().check(model, train)
-        for name, leaf in model.leaves.items():
-            if leaf.role == "head" and leaf.shape[:1] != (model.classes,):
-                raise ValueError(
-                    f"name = fed_talora: needs a head with a row for each class; {name} is "
-                    f"{list(leaf.shape)}"
-                )
+        check_rows("fed_talora", model)
 
     def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
         rows = [n for n in shared if model.role(n) == "head"]
-        return Variables(shared | {_SEEN + n: torch.zeros(model.classes) for n in rows}, personal)
+        return Variables(shared | {SEEN + n: torch.zeros(model.classes) for n in rows}, personal)
 
-    def download(self, shared: Tree) -> Tree:
-        no_rows = {n: torch.zeros_like(v) for n, v in select_prefix(shared, _SEEN).items()}
-        return super().download(shared) | add_prefix(no_rows, _OWN)
+    def receive(self, shared: Tree) -> Tree:
+        no_rows = {n: torch.zeros_like(v) for n, v in select_prefix(shared, SEEN).items()}
+        return super().receive(shared) | add_prefix(no_rows, OWN)
 
-    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
-        shared, owned_rows = v.shared, (data.counts > 0).to(data.counts)
-        for n, seen in select_prefix(v.shared, _SEEN).items():
-            shared = shared | {_OWN + n: owned_rows, _SEEN + n: torch.maximum(seen, owned_rows)}
-        return v._replace(shared=shared)
+    def received_numel(self, server: Tree, shared: Tree, round_: int) -> int:
+        return marked_numel(self.receive(shared), SEEN) + self.residual_numel(server, shared)
 
-    def upload(self, start: Variables, end: Variables) -> Tree:
-        return {n: v for n, v in super().upload(start, end).items() if not n.startswith(_SEEN)}
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
+        return Visit(mark_own_classes), *super().local(model, train, round_)
 
-    def upload_numel(self, start: Variables, end: Variables) -> Tensor | int:
-        return _message_numel(self.upload(start, end), _OWN)
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
+        leaves = super().upload(start, end, round_).mean
+        mean = {n: v for n, v in leaves.items() if not n.startswith(SEEN)}
+        return Upload(mean, numel=marked_numel(mean, OWN))
 
-    def download_numel(self, shared: Tree) -> Tensor | int:
-        return _message_numel(self.download(shared), _SEEN) + self.residual_numel(shared)
+    def make_term(self, upload: Upload, shared: Tree, weight: int) -> Term:
+        rows = keep_other_rows(upload.mean, shared)
+        return super().make_term(Upload(upload.mean | rows), shared, weight)
 
-    def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """A row that the client does not own enters the mean unchanged."""
-        owned_rows = select_prefix(upload, _OWN)
-        rows = {
-            n: torch.where(_broadcast_rows(o, shared[n]) > 0, upload[n], shared[n])
-            for n, o in owned_rows.items()
-        }
-        return super().expand(upload | rows, shared, count)
-
-    def server_update(
-        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
-    ) -> tuple[Tree, Tree]:
-        server, new = super().server_update(server, shared, mean, cohort)
-        for n, owners in select_prefix(mean, _OWN).items():
-            p = _broadcast_rows(owners, shared[n])  # total weight of each row's owners
-            # remove the unchanged rows of the other clients from the mean
-            moved = (mean[n] - (1 - p) * shared[n]) / p
-            new |= {n: torch.where(p > 0, moved, shared[n])}
-            new |= {_SEEN + n: torch.where(owners > 0, 1, shared[_SEEN + n])}
-        return server, new
+    def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
+        update = super().server_update(server, shared, aggregate, svd)
+        rows = mean_of_owners(aggregate.mean, shared)
+        return update._replace(shared=update.shared | rows)
 
     def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
-        logits = super().logits(model, v, x)
-        # the mask is the same for all leaves of the classifier
-        for seen in list(select_prefix(v.shared, _SEEN).values())[:1]:
-            # at most e^-100 of the softmax; finite, so the loss is finite if the label is masked
-            floor = logits.detach().amin(1, keepdim=True) - 100
-            logits = torch.where((seen > 0) | (seen == 0).all(), logits, floor)
-        return logits
-
-
-def _message_numel(tree: Tree, marks: str) -> Tensor | int:
-    """How many numbers of ``tree`` are sent: all except W and the marks; of the classifier only the
-    marked rows.
-    """
-    marked = select_prefix(tree, marks)
-    total: Tensor | int = 0
-    for n, v in tree.items():
-        if not n.startswith((_OWN, _SEEN)) and not is_factor(n, "W"):
-            total += marked[n].sum().long() * v[0].numel() if n in marked else v.numel()
-    return total
-
-
-def _broadcast_rows(row_values: Tensor, leaf: Tensor) -> Tensor:
-    """Reshape [classes] so that it multiplies ``leaf`` [classes, ...] row by row."""
-    return row_values.view(-1, *[1] * (leaf.dim() - 1))
+        return mask_unseen(super().logits(model, v, x), v.shared)

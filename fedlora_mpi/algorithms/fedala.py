@@ -13,16 +13,13 @@ has no gradient, since o_i = g. The accuracy is that of the model (4) with which
 start: A_i is learned on a copy.
 
 BatchNorm: statistics are averaged, not mixed. (5) normalises by the statistics of its batches and
-does not update the running ones.
-
-Bytes per client and round: all leaves up, all leaves down. A_i and o_i are never sent.
-
-Deviations: the authors' first (5) runs until the last 10 losses have a standard deviation below
-0.1, at least 11 epochs; here it has ``start_epochs`` epochs, in round 2, also for a client that was
-absent in round 1. In their code absent clients also do (5) and keep the mix as o_i; here absent
-clients stay unchanged. Their s % are neighbouring samples, here a random choice. Their
-``layer_idx`` counts tensors, p counts layers. PFLlib drops the last batch. (4) is computed by
-torch.lerp, which is exact at both ends.
+does not update the running ones. Bytes per client and round: all leaves up, all leaves down. A_i
+and o_i are never sent. Deviations: the authors' first (5) runs until the last 10 losses have a
+standard deviation below 0.1, at least 11 epochs; here it has ``start_epochs`` epochs, in round 2,
+also for a client that was absent in round 1. In their code absent clients also do (5) and keep the
+mix as o_i; here absent clients stay unchanged. Their s % are neighbouring samples, here a random
+choice. Their ``layer_idx`` counts tensors, p counts layers. PFLlib drops the last batch. (4) is
+computed by torch.lerp, which is exact at both ends.
 """
 
 from dataclasses import dataclass
@@ -30,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Sgd, Step, Variables
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Sgd, Step, Variables, Visit
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -75,12 +72,18 @@ class FedALA(Algorithm):
         ones = {_A + n: torch.ones_like(model.initial[n]) for n in self.mixed_leaves(model)}
         return Variables(model.initial, own_leaves | ones)
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
-        local_step = Step(self.loss(model), trains=model.leaves.__contains__)
-        return self.aggregation_phase(model, round_), Phase(train.epochs, (local_step,))
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
+        def keep_model(start: Variables, now: Variables, data: Batch) -> Variables:
+            own = {_OWN + n: now.shared[n] for n in self.mixed_leaves(model)}
+            return now._replace(personal=now.personal | own)
 
-    def aggregation_phase(self, model: Model, round_: int) -> Phase:
-        """The phase that learns A_i, eq. (5), and then applies the mix, eq. (4)."""
+        phase = Phase(train.epochs, (Step(self.loss(model), model.leaves.__contains__),))
+        return *self.personalize(model, train, round_), phase, Visit(keep_model)
+
+    def personalize(
+        self, model: Model, train: LocalTraining, round_: int
+    ) -> tuple[Phase | Visit, ...]:
+        """A phase that learns A_i, eq. (5), and a visit that applies the mix, eq. (4)."""
         leaves = self.mixed_leaves(model)
 
         def mixture(v: Variables) -> Tree:
@@ -89,9 +92,8 @@ class FedALA(Algorithm):
             }
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            return cross_entropy(
-                model(model.detach_tree(now.shared) | mixture(now), batch.x), batch
-            )
+            w = model.detach_tree(now.shared) | mixture(now)
+            return cross_entropy(model(w, batch.x), batch)
 
         learn_step = Step(
             loss, {_A + n for n in leaves}.__contains__, lambda _: Sgd(self.eta), clamp=(0.0, 1.0)
@@ -100,20 +102,9 @@ class FedALA(Algorithm):
         def sample_limit(size):
             return max(1, int(size * self.s / 100))
 
-        def apply_mixture(v):
-            return v._replace(shared=v.shared | mixture(v))
+        def apply_mixture(start: Variables, now: Variables, data: Batch) -> Variables:
+            return now._replace(shared=now.shared | mixture(now))
 
         epochs = self.start_epochs if round_ == 1 else 1
-        return Phase(
-            epochs, (learn_step,), stream="aggregation", limit=sample_limit, after=apply_mixture
-        )
-
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        return end._replace(
-            personal=end.personal | {_OWN + n: end.shared[n] for n in self.mixed_leaves(model)}
-        )
-
-    def personalize(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
-        return (self.aggregation_phase(model, round_),)
+        phase = Phase(epochs, (learn_step,), stream="aggregation", limit=sample_limit)
+        return phase, Visit(apply_mixture)

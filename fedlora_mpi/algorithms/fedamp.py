@@ -13,16 +13,13 @@ HeurFedAMP (``heuristic: true``), for deep networks, has xi_ii = self_weight. w_
 parameters. Training starts at w_i (``start: own``) or at u_i (``cloud``). The accuracy is that of
 w_i after training.
 
-BatchNorm: statistics are personal. They enter neither distances nor mixes.
-
-Bytes per client and round: the parameters up (w_i) and down (u_i).
-
-Deviations: the defaults are those of the FedAMP that FedLoRA's first author contributed to Fling;
-Fling multiplies alpha by 0.1 one round later. With sigma = 100 and alpha = 10^4 the weights xi_ij
-of a row sum to far above 1 and xi_ii is negative; ``convex: true`` scales them down to a sum of 1
-(false: as in Fling). SGD on the penalty diverges once lr lam / alpha >= 2 (1 + momentum), which
-Fling's schedule reaches in round 181; ``alpha_min`` prevents this (0: no bound, as in Fling). In
-PFLlib the penalty has no gradient.
+BatchNorm: statistics are personal. They enter neither distances nor mixes. Bytes per client and
+round: the parameters up (w_i) and down (u_i). Deviations: the defaults are those of the FedAMP that
+FedLoRA's first author contributed to Fling; Fling multiplies alpha by 0.1 one round later. With
+sigma = 100 and alpha = 10^4 the weights xi_ij of a row sum to far above 1 and xi_ii is negative;
+``convex: true`` scales them down to a sum of 1 (false: as in Fling). SGD on the penalty diverges
+once lr lam / alpha >= 2 (1 + momentum), which Fling's schedule reaches in round 181; ``alpha_min``
+prevents this (0: no bound, as in Fling). In PFLlib the penalty has no gradient.
 """
 
 from dataclasses import dataclass
@@ -31,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Variables
+from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Upload, Variables, Visit
 from ..components.similarity import cosines, squared_distances
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -59,10 +56,6 @@ class FedAMP(Algorithm):
     self_weight: float = 0.0
     start: Literal["own", "cloud"] = "own"
 
-    @property
-    def center_keys(self) -> bool:  # type: ignore[override]  # read only, like every field
-        return not self.heuristic  # centring changes cosines, but not distances
-
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)", alpha="(0, inf)", decay="(0, 1]", decay_every="[1, inf)")
         bounded(self, alpha_min="[0, inf)", sigma="(0, inf)", self_weight="[0, 1]")
@@ -85,31 +78,29 @@ class FedAMP(Algorithm):
         cloud = {_CLOUD + n: w for n, w in model.initial.items() if model.role(n) != "stats"}
         return Variables(shared={}, personal=model.initial | cloud)
 
-    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
-        return (
-            v
-            if self.start == "own"
-            else v._replace(personal=v.personal | select_prefix(v.personal, _CLOUD))
-        )
-
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         fit, strength = self.loss(model), self.lam / (2 * self.alpha_of(round_))
+
+        def take_cloud(start: Variables, now: Variables, data: Batch) -> Variables:
+            return now._replace(personal=now.personal | select_prefix(now.personal, _CLOUD))
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             u = select_prefix(now.personal, _CLOUD)
             return fit(now, start, batch) + strength * sq_dist(now.personal, u, u)
 
-        return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),)),)
+        phase = Phase(train.epochs, (Step(loss, model.leaves.__contains__),))
+        return (phase,) if self.start == "own" else (Visit(take_cloud), phase)
 
-    def offer(self, start: Variables, end: Variables) -> Mix:
-        return Mix({_CLOUD + n: end.personal[n] for n in select_prefix(end.personal, _CLOUD)})
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
+        rows = {_CLOUD + n: end.personal[n] for n in select_prefix(end.personal, _CLOUD)}
+        # centring changes cosines, but not distances
+        return Upload(mix=Mix(rows, centered=not self.heuristic))
 
     def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
         if self.heuristic:
             own_weight = self.self_weight or 1 / len(gram)
-            xi = (1 - own_weight) * (self.sigma * cosines(gram)).fill_diagonal_(-torch.inf).softmax(
-                1
-            )
+            similarity = (self.sigma * cosines(gram)).fill_diagonal_(-torch.inf)
+            xi = (1 - own_weight) * similarity.softmax(1)
         else:
             similarity = torch.exp(-squared_distances(gram) / self.sigma).fill_diagonal_(0)
             xi = self.alpha_of(round_) * similarity / self.sigma

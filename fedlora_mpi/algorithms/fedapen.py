@@ -62,7 +62,7 @@ class FedAPEN(Companion):
         shared, personal = super().init(model, rng)[:2]
         return Variables(shared, personal | {_MIX_W: torch.tensor(0.5)})
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             p, s = self.both_logits(model, now, batch)
             w = now.personal[_MIX_W]

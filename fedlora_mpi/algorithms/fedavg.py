@@ -11,14 +11,10 @@ Bytes per client and round: all leaves up, all leaves down.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-from ..algorithm import Algorithm
+from ..components.averaging import Averaging
 
 
 @dataclass(frozen=True)
-class FedAvg(Algorithm):
+class FedAvg(Averaging):
     """``weights: uniform`` gives every client of the cohort the same weight."""
-
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"

@@ -16,20 +16,18 @@ With ft_epochs = train.epochs it equals the next round's local training before t
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-from ..algorithm import Algorithm, LocalTraining, Phase, Step
+from ..algorithm import LocalTraining, Phase, Step
+from ..components.averaging import Averaging
 from ..core.bounds import bounded
 from ..models.network import Model
 
 
 @dataclass(frozen=True)
-class FedAvgFT(Algorithm):
+class FedAvgFT(Averaging):
     """FedAvg with ``ft_epochs`` of SGD on all leaves before every evaluation."""
 
     ft_epochs: int = 5
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, ft_epochs="[0, inf)")

@@ -34,7 +34,7 @@ class FedAvgLoRA(LowRank, Algorithm):
     def init(self, model: Model, rng: Generator) -> Variables:
         return Variables(shared=model.initial | self.factors(model, rng), personal={})
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         return self.training_phases(model, train, self.loss(model))
 
     def client_model(self, model: Model, v: Variables) -> Tree:

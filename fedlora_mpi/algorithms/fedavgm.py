@@ -20,7 +20,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..algorithm import Algorithm, Cohort
+from ..algorithm import Aggregate, Algorithm, Svd, Update
 from ..components.server_optimisers import init_moments, step_server
 from ..core.bounds import bounded
 from ..core.tree import Tree
@@ -43,11 +43,9 @@ class FedAvgM(Algorithm):
     def server(self, model: Model, shared: Tree) -> Tree:
         return init_moments(model, shared, v=0.0)
 
-    def server_update(
-        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
-    ) -> tuple[Tree, Tree]:
+    def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
         def step(delta: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             v = self.beta * v + delta
             return self.eta * v, {"v": v}
 
-        return step_server(server, shared, mean, step)
+        return step_server(server, shared, aggregate.mean, step)

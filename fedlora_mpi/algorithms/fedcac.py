@@ -31,7 +31,8 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Variables
+from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Upload, Variables, Visit
+from ..components.critical import critical_mask
 from ..components.similarity import squared_distances
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
@@ -66,32 +67,30 @@ class FedCAC(Algorithm):
         )
         return Variables(shared, local_stats | add_prefix(w, _OWN) | add_prefix(masks, _CRITICAL))
 
-    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
-        return v._replace(
-            shared={n: w for n, w in self.client_model(model, v).items() if n in v.shared}
-        )
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
+        def combine(start: Variables, now: Variables, data: Batch) -> Variables:
+            w = self.client_model(model, now)
+            return now._replace(shared={n: w[n] for n in w if n in now.shared})
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            # ``begin`` has already combined the mean and the mix
+            # ``combine`` has already combined the mean and the mix
             w = Algorithm.client_model(self, model, now)
             return cross_entropy(model(w, batch.x), batch)
 
-        return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),)),)
+        def mark_critical(start: Variables, now: Variables, data: Batch) -> Variables:
+            w = {n: now.shared[n] for n in select_prefix(now.personal, _OWN)}
+            masks = {n: critical_mask(start.shared[n], v, self.tau) for n, v in w.items()}
+            own = add_prefix(w, _OWN) | add_prefix(masks, _CRITICAL)
+            return now._replace(personal=now.personal | own)
 
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        w = {n: end.shared[n] for n in select_prefix(end.personal, _OWN)}
-        masks = {n: critical_mask(start.shared[n], v, self.tau) for n, v in w.items()}
-        return end._replace(
-            personal=end.personal | add_prefix(w, _OWN) | add_prefix(masks, _CRITICAL)
-        )
+        phase = Phase(train.epochs, (Step(loss, model.leaves.__contains__),))
+        return Visit(combine), phase, Visit(mark_critical)
 
-    def offer(self, start: Variables, end: Variables) -> Mix:
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
         masks = select_prefix(end.personal, _CRITICAL)
         rows = {_OWN + n: end.shared[n] for n in masks}
-        return Mix(rows, key=torch.cat([m.flatten() for m in masks.values()]))
+        key = torch.cat([m.flatten() for m in masks.values()])
+        return Upload(end.shared, mix=Mix(rows, key))
 
     def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
         overlap = 1 - squared_distances(gram) / (2 * gram.diagonal().clamp(min=1))[:, None]
@@ -101,22 +100,10 @@ class FedCAC(Algorithm):
         return is_similar / is_similar.sum(1, keepdim=True).to(gram)
 
     def client_model(self, model: Model, v: Variables) -> Tree:
-        """w_i. Right after training this is the trained model: ``finish`` has stored the trained
-        parameters under ``own.<leaf>``, too.
+        """w_i. Right after training this is the trained model, for ``mark_critical`` has stored
+        the trained parameters under ``own.<leaf>``, too.
         """
         m, own = select_prefix(v.personal, _CRITICAL), select_prefix(v.personal, _OWN)
         return super().client_model(model, v) | {
             n: torch.where(m[n], w, v.shared[n]) for n, w in own.items()
         }
-
-
-def critical_mask(start: Tensor, end: Tensor, tau: float) -> Tensor:
-    """The mask m: True where |(w - w0) w| is among the floor(tau size) largest of the tensor."""
-    score, count = ((end - start) * end).abs(), int(tau * end.numel() + 1e-9)
-    if count == 0:
-        return torch.zeros_like(score, dtype=torch.bool)
-    threshold = score.flatten().topk(count).values[-1]
-    threshold = torch.where(
-        threshold > 1e-10, threshold, torch.where(score > 1e-20, score, torch.inf).min()
-    )
-    return score >= threshold

@@ -34,10 +34,11 @@ from typing import Literal, cast
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Variables
-from ..components.lora.redistributed import RedistributedTuning
+from ..algorithm import Svd, Variables
+from ..components.lora import dense_updates
+from ..components.lora.redistributed import RedistributedTuning, tail_energies
 from ..core.bounds import bounded
-from ..core.names import factor_name, method_leaf_name
+from ..core.names import factor_name, factors_by_weight, method_leaf_name
 from ..core.tree import Tree, add_prefix, select_prefix
 from ..models.network import Model
 
@@ -61,21 +62,18 @@ class FedHL(RedistributedTuning):
 
     def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
-        rows = {n: len(shared[factor_name(n, "A")]) for n in self.adapted_shapes(model)}
-        return Variables(
-            shared | {_TAIL + n: torch.zeros(r + 1) for n, r in rows.items()}, personal
-        )
+        factors = factors_by_weight(shared, "A")
+        tails = {_TAIL + n: torch.zeros(len(A) + 1) for n, A in factors.items()}
+        return Variables(shared | tails, personal)
 
-    def download(self, shared: Tree) -> Tree:
-        return super().download({n: v for n, v in shared.items() if not n.startswith(_TAIL)})
+    def receive(self, shared: Tree) -> Tree:
+        return super().receive({n: v for n, v in shared.items() if not n.startswith(_TAIL)})
 
     def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
         """W_k - W^{r_k}, for each decomposed weight."""
-        received_products = self.factor_products(self.download(shared))
-        return {
-            factor_name(n, "W"): p - received_products[n]
-            for n, p in self.factor_products(upload).items()
-        }
+        received = self.factor_products(self.receive(shared))
+        trained = self.factor_products(upload)
+        return {factor_name(n, "W"): p - received[n] for n, p in trained.items()}
 
     def term_weights(self, upload: Tree, shared: Tree, count: int) -> Tree:
         """p_k, up to a factor common to all clients. It is at most 1, or at most n_k."""
@@ -87,34 +85,25 @@ class FedHL(RedistributedTuning):
         if not self.per_layer:
             parts = dict.fromkeys(parts, cast(Tensor, sum(parts.values())))
         n_k = count if self.weight_mode in ("samples", "both") else 1
-        rank_weight = (
-            self._rank_weight
-            if self.weight_mode in ("paper", "both")
-            else lambda lost, least, whole: torch.ones_like(lost)
-        )
-        return {n: n_k * rank_weight(*part.double()).to(part.dtype) for n, part in parts.items()}
-
-    def _rank_weight(
-        self, tail_energy: Tensor, min_tail_energy: Tensor, total_energy: Tensor
-    ) -> Tensor:
-        """Eq. (15) for t_k, relative to a client of rank R. ``total_energy`` is ||W||_F^2."""
-        eps = self.eps + self.eps_relative * total_energy.square()
-        return (min_tail_energy.square() + eps) / (tail_energy.square() + eps)
-
-    def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        return {n: shared[n] + v for n, v in mean.items()}
-
-    def handed_out(self, shared: Tree, right: Tree) -> Tree:
-        shared = super().handed_out(shared, right)
-        tails = {
-            n: _tail_energies(shared[factor_name(n, "W")], shared[factor_name(n, "B")])
-            for n in right
+        return {
+            n: n_k * self._rank_weight(*part.double()).to(part.dtype) for n, part in parts.items()
         }
-        return shared | add_prefix(tails, _TAIL)
 
+    def _rank_weight(self, tail: Tensor, min_tail: Tensor, total: Tensor) -> Tensor:
+        """Eq. (15) for t_k = ``tail``, relative to a client of rank R; 1 if the mode ignores ranks.
 
-def _tail_energies(W: Tensor, B: Tensor) -> Tensor:
-    """[R + 1]: sum_{j > r} s_j^2 of W for r = 0 to R. s_j is the norm of column j of B = U S."""
-    squares = B.double().square().sum(0)
-    tail_energies = W.double().square().sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
-    return tail_energies.clamp(min=0).to(W.dtype)
+        min_tail: t of rank R; total: ||W||_F^2.
+        """
+        if self.weight_mode not in ("paper", "both"):
+            return torch.ones_like(tail)
+        eps = self.eps + self.eps_relative * total.square()
+        return (min_tail.square() + eps) / (tail.square() + eps)
+
+    def merge_terms(self, shared: Tree, terms: Tree, round_: int) -> Tree:
+        return {n: shared[n] + v for n, v in terms.items()}
+
+    def redistribute(self, shared: Tree, svd: Svd) -> Tree:
+        new = super().redistribute(shared, svd)
+        B, W = factors_by_weight(new, "B"), dense_updates(new)
+        tails = {n: tail_energies(W[n], b) for n, b in B.items()}
+        return new | add_prefix(tails, _TAIL)

@@ -32,33 +32,21 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Batch, Cohort, LocalTraining, Phase, Step, Variables
-from ..components.companion import SMALL_PREFIX, Companion
-from ..components.lowrank import truncate_svd
+from ..algorithm import Batch, LocalTraining, Phase, Step, Variables, Visit
+from ..components.companion import Companion
+from ..components.compression import SvdExchange
 from ..core.batch import cross_entropy, kl_divergence, mean
-from ..core.bounds import bounded
 from ..core.names import method_leaf_name
-from ..core.tree import Tree
 from ..models.network import Model
 
-_ROUND = method_leaf_name("svd", "round")
-_MESSAGE_NUMEL = method_leaf_name("svd", "numbers")
 _W_H = method_leaf_name("hidden", "W_h")
 
 
 @dataclass(frozen=True)
-class FedKD(Companion):
-    """Shared leaves beside g: "svd.round", the rounds done, and "svd.numbers", how many numbers the
-    last message had.
-    """
+class FedKD(SvdExchange, Companion):
+    """With ``detached``, teachers and D are constants in the losses."""
 
-    energy_start: float = 0.95
-    energy_end: float = 0.98
-    energy_rounds: int = 500
     detached: bool = False
-
-    def __post_init__(self) -> None:
-        bounded(self, energy_start="[0, 1]", energy_end="[0, 1]", energy_rounds="[1, inf)")
 
     def check(self, model: Model, train: LocalTraining) -> None:
         super().check(model, train)
@@ -75,12 +63,9 @@ class FedKD(Companion):
             network.leaves[f"{network.head}.weight"].shape[1:] for network in (model, self.g(model))
         )
         W_h = (torch.rand(d_t, d_s, generator=rng) * 2 - 1) / d_s**0.5
-        sizes = torch.tensor(float(sum(v.numel() for v in shared.values())))
-        return Variables(
-            shared | {_ROUND: torch.tensor(0.0), _MESSAGE_NUMEL: sizes}, personal | {_W_H: W_h}
-        )
+        return Variables(shared, personal | {_W_H: W_h})
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         g, detach_if_set = self.g(model), Tensor.detach if self.detached else lambda v: v
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
@@ -94,43 +79,5 @@ class FedKD(Companion):
             hidden = (h_t - h_s @ now.personal[_W_H].T).square().mean(1)
             return fit + mean(gap + 2 * hidden, batch) / detach_if_set(fit)  # L_t + L_s
 
-        return (Phase(train.epochs, (Step(loss, self.trained_leaves(model, _W_H)),)),)
-
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        """Replace the trained g by what the server reconstructs from the client's compressed
-        message.
-        """
-        return end._replace(shared=self.compress_update(start.shared, end.shared))
-
-    def upload(self, start: Variables, end: Variables) -> Tree:
-        return {n: v for n, v in end.shared.items() if n.startswith(SMALL_PREFIX)}
-
-    def upload_numel(self, start: Variables, end: Variables) -> Tensor:
-        return end.shared[_MESSAGE_NUMEL]
-
-    def download_numel(self, shared: Tree) -> Tensor:
-        return shared[_MESSAGE_NUMEL]
-
-    def server_update(
-        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
-    ) -> tuple[Tree, Tree]:
-        shared = self.compress_update(shared, mean)
-        return server, shared | {_ROUND: shared[_ROUND] + 1}
-
-    def compress_update(self, old: Tree, new: Tree) -> Tree:
-        """old + C(new - old) for the leaves of g, and the compressed message's size in numbers."""
-        round_ = old[_ROUND]
-        share = ((round_.double() + 1) / self.energy_rounds).clamp(max=1)
-        energy = self.energy_start + share * (self.energy_end - self.energy_start)  # T_t
-        tree, numbers = {}, torch.zeros_like(round_)
-        for name, old_value in old.items():
-            if name.startswith(SMALL_PREFIX):
-                tree[name] = new[name]
-                count: Tensor | int = old_value.numel()
-                if old_value.dim() > 1:
-                    update, count = truncate_svd(new[name] - old_value, energy)
-                    tree[name] = old_value + update
-                numbers = numbers + count
-        return tree | {_ROUND: round_, _MESSAGE_NUMEL: numbers}
+        step = Step(loss, self.trained_leaves(model, _W_H))
+        return Phase(train.epochs, (step,)), self.compression(round_)

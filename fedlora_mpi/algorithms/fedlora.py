@@ -47,7 +47,7 @@ class FedLoRA(LowRank, Algorithm):
         local_stats, sigma = split(model.initial, is_local)
         return Variables(shared=sigma, personal=local_stats | self.factors(model, rng))
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         return self.training_phases(model, train, self.loss(model))
 
     def client_model(self, model: Model, v: Variables) -> Tree:

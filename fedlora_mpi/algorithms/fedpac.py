@@ -33,24 +33,22 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Variables
+from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Upload, Variables, Visit
 from ..components.prototypes import (
     MEANS,
     OWN_MEANS,
-    SHARES,
+    OWN_VARIANCE,
+    aligned_loss,
+    check_features,
     class_means,
     class_statistics,
-    feature_statistics,
-    prototype_loss,
+    no_prototypes,
+    own_statistics,
 )
 from ..components.simplex import best_weights
-from ..core.batch import cross_entropy
 from ..core.bounds import bounded
-from ..core.names import method_leaf_name
 from ..core.tree import split
 from ..models.network import Model
-
-_OWN_VARIANCE = method_leaf_name("own", "variance")
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,6 @@ class FedPAC(Algorithm):
     """The ``head_epochs`` come first; all of ``train.epochs`` then train the body."""
 
     evaluate_on = "after_training"
-    center_keys = True
-    needs_all_data = True
     lam: float = 1.0
     head_epochs: int = 1
     head_lr: float = 0.1
@@ -68,48 +64,44 @@ class FedPAC(Algorithm):
         bounded(self, lam="[0, inf)", head_epochs="[0, inf)", head_lr="(0, inf)")
 
     def check(self, model: Model, train: LocalTraining) -> None:
-        if not (model.head and model.ends_in_linear):
-            raise ValueError(
-                "name = fedpac: needs a model with a body and a Linear classifier at its end"
-            )
+        check_features("fedpac", model)
 
     def init(self, model: Model, rng: Generator) -> Variables:
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
-        means = torch.zeros(model.leaves[f"{model.head}.weight"].shape)  # [classes, d]
-        own_statistics = {OWN_MEANS: means, _OWN_VARIANCE: torch.zeros(1)}  # h_i and V_i
-        return Variables(body | {MEANS: means, SHARES: means[:, 0]}, head | own_statistics)
+        classes = no_prototypes(model)
+        own = {OWN_MEANS: classes[MEANS], OWN_VARIANCE: torch.zeros(1)}
+        return Variables(body | classes, head | own)
 
-    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
-        h, energy = feature_statistics(model.eval_mode(), self.client_model(model, v), data)
-        variance = ((energy - h.square().sum()).clamp(min=0) / data.counts.sum())[None]
-        return v._replace(personal=v.personal | {OWN_MEANS: h, _OWN_VARIANCE: variance})
-
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         lam = self.lam if round_ else 0.0
 
+        def describe(start: Variables, now: Variables, data: Batch) -> Variables:
+            own = own_statistics(model.eval_mode(), self.client_model(model, now), data)
+            return now._replace(personal=now.personal | own)
+
+        def show_classes(start: Variables, now: Variables, data: Batch) -> Variables:
+            classes = class_statistics(model.eval_mode(), self.client_model(model, now), data)
+            return now._replace(shared=now.shared | classes)
+
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            weights = self.client_model(model, now)
-            z = model.features(weights, batch.x)
-            fit = cross_entropy(model.classify(weights, z), batch)
-            return fit + lam * prototype_loss(z, class_means(now, batch), batch) if lam else fit
+            w = self.client_model(model, now)
+            return aligned_loss(model, w, batch, lam, class_means(now, batch))
 
         head = Step(
             loss, lambda leaf: model.role(leaf) == "head", lambda sgd: sgd._replace(lr=self.head_lr)
         )
         body = Step(loss, lambda leaf: model.role(leaf) in ("body", "norm"))
-        return Phase(self.head_epochs, (head,)), Phase(train.epochs, (body,))
-
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        return end._replace(
-            shared=end.shared
-            | class_statistics(model.eval_mode(), self.client_model(model, end), data)
+        return (
+            Visit(describe, all_data=True),
+            Phase(self.head_epochs, (head,)),
+            Phase(train.epochs, (body,)),
+            Visit(show_classes, all_data=True),
         )
 
-    def offer(self, start: Variables, end: Variables) -> Mix:
-        own_statistics, head = split(end.personal, {OWN_MEANS, _OWN_VARIANCE}.__contains__)
-        return Mix(head, key=own_statistics[OWN_MEANS], extra=own_statistics[_OWN_VARIANCE])
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
+        own, head = split(end.personal, {OWN_MEANS, OWN_VARIANCE}.__contains__)
+        mix = Mix(head, key=own[OWN_MEANS], extra=own[OWN_VARIANCE], centered=True)
+        return Upload(mean=end.shared, mix=mix)
 
     def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
         alpha = best_weights(gram, extra[:, 0])

@@ -14,47 +14,41 @@ client initialises its own. Here, as in Fling and PFLlib, only the classifier is
 clients start from the same weights.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, LocalTraining, Variables
+from ..algorithm import LocalTraining, Variables
+from ..components.averaging import Averaging
 from ..core.tree import split
 from ..models.network import Model
 
 
 @dataclass(frozen=True)
-class FedPer(Algorithm):
+class FedPer(Averaging):
     """``personal`` names the leaves that stay on the client: ``head`` or patterns of leaf names,
     such as ``fc.*``. If all leaves are personal (``*``), the method is Local; if none is, it is
     FedAvg.
     """
 
     personal: tuple[str, ...] = ("head",)
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def check(self, model: Model, train: LocalTraining) -> None:
         for pattern in self.personal:
-            if not any(map(_leaf_predicate(model, pattern), model.leaves)):
+            if not any(_matches(model, pattern, leaf) for leaf in model.leaves):
+                leaves = ", ".join(model.leaves)
                 raise ValueError(
-                    f"personal = {pattern}: matches no leaf; there are head and "
-                    f"{', '.join(model.leaves)}"
+                    f"personal = {pattern}: matches no leaf; there are head and {leaves}"
                 )
 
     def init(self, model: Model, rng: Generator) -> Variables:
-        predicates = [_leaf_predicate(model, pattern) for pattern in self.personal]
-        personal, shared = split(
-            model.initial, lambda leaf: any(matches(leaf) for matches in predicates)
-        )
+        def is_personal(leaf: str) -> bool:
+            return any(_matches(model, pattern, leaf) for pattern in self.personal)
+
+        personal, shared = split(model.initial, is_personal)
         return Variables(shared=shared, personal=personal)
 
 
-def _leaf_predicate(model: Model, pattern: str) -> Callable[[str], bool]:
-    """Return the test whether ``pattern`` matches a leaf."""
-    if pattern == "head":
-        return lambda leaf: model.role(leaf) == "head"
-    return lambda leaf: fnmatchcase(leaf, pattern)
+def _matches(model: Model, pattern: str, leaf: str) -> bool:
+    return model.role(leaf) == "head" if pattern == "head" else fnmatchcase(leaf, pattern)

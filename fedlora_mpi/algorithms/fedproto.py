@@ -27,15 +27,32 @@ With ``inference: prototypes``, ``accuracy_trained`` uses the client's own P_kc.
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
-from ..components.prototypes import MEANS, SHARES, client_class_means, prototype_loss, prototypes
-from ..core.batch import cross_entropy
+from ..algorithm import (
+    Algorithm,
+    Batch,
+    LocalTraining,
+    Phase,
+    Step,
+    Transport,
+    Upload,
+    Variables,
+    Visit,
+)
+from ..components.prototypes import (
+    MEANS,
+    SHARES,
+    aligned_loss,
+    check_features,
+    client_class_means,
+    known_numel,
+    nearest_scores,
+    no_prototypes,
+    prototypes,
+)
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
-from ..core.tree import Tree
 from ..models.network import Model
 
 _OWN_CLASSES = method_leaf_name("own", "classes")
@@ -43,11 +60,8 @@ _OWN_CLASSES = method_leaf_name("own", "classes")
 
 @dataclass(frozen=True)
 class FedProto(Algorithm):
-    """``class.means`` and ``class.shares`` are means over clients; their quotient is P.
-    ``own.classes`` is 1 for a class that the client holds, else 0.
-    """
+    """P is ``class.means / class.shares``; ``own.classes`` is 1 where a client holds the class."""
 
-    needs_all_data = True
     lam: float = 1.0
     inference: Literal["classifier", "prototypes"] = "classifier"
     among: Literal["own", "known"] = "own"
@@ -58,55 +72,39 @@ class FedProto(Algorithm):
         bounded(self, lam="[0, inf)")
 
     def check(self, model: Model, train: LocalTraining) -> None:
-        if not (model.head and model.ends_in_linear):
-            raise ValueError(
-                "name = fedproto: needs a network with a body and a Linear classifier at its end"
-            )
+        check_features("fedproto", model)
 
     def init(self, model: Model, rng: Generator) -> Variables:
-        means = torch.zeros(model.all_leaves[f"{model.head}.weight"].shape)  # [classes, d]
-        return Variables(
-            {MEANS: means, SHARES: means[:, 0]}, model.initial | {_OWN_CLASSES: means[:, 0]}
-        )
+        shared = no_prototypes(model)
+        return Variables(shared, model.initial | {_OWN_CLASSES: shared[SHARES]})
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         lam = self.lam if round_ else 0.0
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             w = self.client_model(model, now)
-            z = model.features(w, batch.x)
-            fit = cross_entropy(model.classify(w, z), batch)
-            P, known = prototypes(start.shared)
-            return fit + lam * prototype_loss(z, P, batch, known) if lam else fit
+            return aligned_loss(model, w, batch, lam, *prototypes(start.shared))
 
-        return (Phase(train.epochs, (Step(loss, model.leaves.__contains__),)),)
+        def show(start: Variables, now: Variables, data: Batch) -> Variables:
+            w, holds_class = self.client_model(model, now), (data.counts > 0).to(data.counts)
+            share = holds_class if self.weights == "uniform" else data.counts / data.counts.sum()
+            means = client_class_means(lambda x: model.eval_mode().features(w, x), data)
+            class_leaves = {MEANS: share[:, None] * means, SHARES: share}
+            return Variables(class_leaves, now.personal | {_OWN_CLASSES: holds_class})
 
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        w, holds_class = self.client_model(model, end), (data.counts > 0).to(data.counts)
-        share = holds_class if self.weights == "uniform" else data.counts / data.counts.sum()
-        means = client_class_means(lambda x: model.eval_mode().features(w, x), data)
-        class_leaves = {MEANS: share[:, None] * means, SHARES: share}
-        return Variables(class_leaves, end.personal | {_OWN_CLASSES: holds_class})
+        phase = Phase(train.epochs, (Step(loss, model.leaves.__contains__),))
+        return phase, Visit(show, all_data=True)
 
-    def upload_numel(self, start: Variables, end: Variables) -> Tensor:
-        return self.download_numel(end.shared)
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
+        return Upload(mean=end.shared, numel=known_numel({}, end.shared, round_))
 
-    def download_numel(self, shared: Tree) -> Tensor:
-        return (shared[SHARES] > 0).sum() * shared[MEANS].shape[1]
+    def transport(self, client: int, clients: int) -> Transport:
+        return Transport(self, download_numel=known_numel)
 
     def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
-        """The logits [B, classes]. With ``inference: prototypes`` they are -mean_d (z - P_c)^2
-        without the term of z alone, which is the same for all classes.
-        """
+        """The logits [B, classes]; with ``inference: prototypes``, the scores of the classes."""
         if self.inference == "classifier":
             return super().logits(model, v, x)
-        P, known = prototypes(v.shared)
-        own_classes = known & (v.personal[_OWN_CLASSES] > 0)
-        candidates = (
-            torch.where(own_classes.any(), own_classes, known) if self.among == "own" else known
-        )
         z = model.features(self.client_model(model, v), x)
-        scores = (2 * z @ P.T - P.square().sum(1)) / P.shape[1]  # [B, classes]
-        return torch.where(candidates, scores, scores.amin(1, keepdim=True) - 100)
+        own = v.personal[_OWN_CLASSES] > 0 if self.among == "own" else None
+        return nearest_scores(z, v.shared, own)

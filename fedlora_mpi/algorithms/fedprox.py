@@ -15,28 +15,26 @@ has no effect.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..algorithm import Batch, LocalTraining, Phase, Step, Variables
+from ..components.averaging import Averaging
 from ..core.bounds import bounded
 from ..core.tree import sq_dist
 from ..models.network import Model
 
 
 @dataclass(frozen=True)
-class FedProx(Algorithm):
+class FedProx(Averaging):
     """``mu: 0`` is FedAvg."""
 
     mu: float = 0.01
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, mu="[0, inf)")
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         base_loss = self.loss(model)
         parameters = [n for n in model.leaves if model.role(n) != "stats"]
 

@@ -17,23 +17,21 @@ keeps the statistics on the client.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, LocalTraining, Phase, Step, Variables
+from ..algorithm import LocalTraining, Phase, Step, Variables
+from ..components.averaging import Averaging
 from ..core.bounds import bounded
 from ..core.tree import split
 from ..models.network import Model
 
 
 @dataclass(frozen=True)
-class FedRep(Algorithm):
+class FedRep(Averaging):
     """Of ``train.epochs``, the first ``head_epochs`` train the head and the others the body."""
 
     head_epochs: int = 4
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, head_epochs="[0, inf)")
@@ -49,12 +47,7 @@ class FedRep(Algorithm):
         head, body = split(model.initial, lambda leaf: model.role(leaf) == "head")
         return Variables(shared=body, personal=head)
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
-        loss = self.loss(model)
-        return (
-            Phase(self.head_epochs, (Step(loss, lambda leaf: model.role(leaf) == "head"),)),
-            Phase(
-                train.epochs - self.head_epochs,
-                (Step(loss, lambda leaf: model.role(leaf) != "head"),),
-            ),
-        )
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+        head = Step(self.loss(model), lambda leaf: model.role(leaf) == "head")
+        body = Step(self.loss(model), lambda leaf: model.role(leaf) != "head")
+        return Phase(self.head_epochs, (head,)), Phase(train.epochs - self.head_epochs, (body,))

@@ -24,7 +24,8 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..algorithm import Batch, LocalTraining, Phase, Step, Variables
+from ..components.averaging import Averaging
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -35,7 +36,7 @@ _OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
-class FedRoD(Algorithm):
+class FedRoD(Averaging):
     """``head: copy`` initialises phi_i with psi, so p is 2 g at first. ``head: zero`` starts with p
     = g.
     """
@@ -43,8 +44,6 @@ class FedRoD(Algorithm):
     gamma: float = 1.0
     head: Literal["copy", "zero"] = "copy"
     personal_trains_body: bool = False
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, gamma="[0, inf)")
@@ -61,7 +60,7 @@ class FedRoD(Algorithm):
         phi = {n: v * start for n, v in model.initial.items() if model.role(n) == "head"}
         return Variables(shared=model.initial, personal=add_prefix(phi, _OWN))
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             z = model.features(now.shared, batch.x)
             g = model.classify(now.shared, z)

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
-from ..algorithm import Cohort, Variables
+from ..algorithm import Aggregate, Svd, Term, Update, Upload, Variables
 from ..components.lora import FineTuning, dense_updates
 from ..core.names import factor_name, factors_by_weight, is_factor, method_leaf_name
 from ..core.seeds import uniform
@@ -39,8 +39,8 @@ _DRAW_NUMBER, _STACKED_RANK = method_leaf_name("fresh"), method_leaf_name("last"
 
 @dataclass(frozen=True)
 class FLoRA(FineTuning):
-    """Three kinds of shared leaves: "<weight>.W"; "fresh" [], the number from which A is drawn, a
-    new one every round; "last.<weight>" [], the number of components of the last stack.
+    """Two kinds of shared leaves: "<weight>.W"; "fresh" [], the number from which A is drawn, a new
+    one every round. The server remembers "last.<weight>" [], the components of the last stack.
     """
 
     # not a field: an untrained client has B = 0, so its model is the server's
@@ -48,21 +48,16 @@ class FLoRA(FineTuning):
 
     def init(self, model: Model, rng: Generator) -> Variables:
         shared = {n: v for n, v in super().init(model, rng).shared.items() if not is_factor(n)}
-        for name, size in self.adapted_shapes(model).items():
-            shared |= {
-                factor_name(name, "W"): torch.zeros(*size),
-                _STACKED_RANK + name: torch.tensor(0.0),
-            }
-        number = torch.randint(
-            2**23, (), generator=rng
-        )  # float32 counts 2**23 rounds from it exactly
-        return Variables(shared | {_DRAW_NUMBER: number.float()}, {})
+        # float32 counts 2**23 rounds from it exactly
+        number = torch.randint(2**23, (), generator=rng)
+        return Variables(shared | self.zero_updates(model) | {_DRAW_NUMBER: number.float()}, {})
 
-    def download(self, shared: Tree) -> Tree:
-        client_leaves, r = (
-            {n: v for n, v in super().download(shared).items() if n != _DRAW_NUMBER},
-            max(self.lora_ranks),
-        )
+    def server(self, model: Model, shared: Tree) -> Tree:
+        return {_STACKED_RANK + n: torch.tensor(0.0) for n in dense_updates(shared)}
+
+    def receive(self, shared: Tree) -> Tree:
+        client_leaves, r = dict(shared), max(self.lora_ranks)
+        del client_leaves[_DRAW_NUMBER]
         for number, (name, W) in enumerate(dense_updates(shared).items()):
             rows, in_side = min(r, *W.shape), W.shape[1]
             draw = uniform(shared[_DRAW_NUMBER].long() * 2**16 + number, (rows, in_side))
@@ -70,25 +65,28 @@ class FLoRA(FineTuning):
             client_leaves[factor_name(name, "B")] = W.new_zeros(len(W), rows)
         return client_leaves
 
-    def download_numel(self, shared: Tree) -> Tensor | int:
-        full = {n: v for n, v in self.download(shared).items() if not is_factor(n, "ABW")}
-        return sum(
-            shared[_STACKED_RANK + n].long() * sum(W.shape)
-            for n, W in dense_updates(shared).items()
-        ) + numel(full)
+    def received_numel(self, server: Tree, shared: Tree, round_: int) -> int:
+        full = {n: v for n, v in self.receive(shared).items() if not is_factor(n, "ABW")}
+        W = dense_updates(shared)
+        return numel(full) + sum(
+            int(server[_STACKED_RANK + n]) * sum(w.shape) for n, w in W.items()
+        )
 
     def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
         """s B_k A_k of each weight; its mean, sum_k p_k s B_k A_k, is the product of the stacks."""
         return {factor_name(n, "W"): p for n, p in self.factor_products(upload).items()}
 
-    def cohort_counts(self, upload: Tree) -> dict[str, int]:
-        return {n: len(A) for n, A in factors_by_weight(upload, "A").items()}
+    def make_term(self, upload: Upload, shared: Tree, weight: int) -> Term:
+        # new_full works on the upload's device, so that nothing waits for a copy from the host
+        new_scalar = next(iter(upload.mean.values())).new_full
+        factors = factors_by_weight(upload.mean, "A")
+        ranks = {_STACKED_RANK + n: new_scalar((), len(A)) for n, A in factors.items()}
+        return super().make_term(upload, shared, weight)._replace(sum=ranks)
 
-    def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        return {n: shared[n] + v for n, v in mean.items()}
+    def merge_terms(self, shared: Tree, terms: Tree, round_: int) -> Tree:
+        return {n: shared[n] + v for n, v in terms.items()}
 
-    def server_update(
-        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
-    ) -> tuple[Tree, Tree]:
-        server, new = super().server_update(server, shared, mean, cohort)
-        return server, new | {_DRAW_NUMBER: shared[_DRAW_NUMBER] + 1}
+    def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
+        update = super().server_update(server, shared, aggregate, svd)
+        next_draw = {_DRAW_NUMBER: shared[_DRAW_NUMBER] + 1}
+        return update._replace(shared=update.shared | next_draw, server=aggregate.sum)

@@ -41,12 +41,11 @@ class FML(Companion):
     def __post_init__(self) -> None:
         bounded(self, alpha="[0, 1]", beta="[0, 1]")
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            own_logits, meme_logits = self.both_logits(model, now, batch)
-            return self.student_loss(
-                self.alpha, own_logits, meme_logits, batch
-            ) + self.student_loss(self.beta, meme_logits, own_logits, batch)
+            own, meme = self.both_logits(model, now, batch)
+            L_local = self.student_loss(self.alpha, own, meme, batch)
+            return L_local + self.student_loss(self.beta, meme, own, batch)
 
         return (Phase(train.epochs, (Step(loss, self.trained_leaves(model)),)),)
 

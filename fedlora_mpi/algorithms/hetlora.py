@@ -25,17 +25,15 @@ code; the paper's values are unknown.
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Batch, LocalTraining, Loss, Variables
-from ..components.lora import FineTuning
-from ..components.lowrank import is_not_factor
+from ..algorithm import Batch, LocalTraining, Loss, Phase, Upload, Variables, Visit
+from ..components.lora import Adapter, FineTuning, factors
 from ..core.bounds import bounded
-from ..core.names import factor_name, factors_by_weight, method_leaf_name
-from ..core.tree import Tree, numel, split
+from ..core.names import method_leaf_name
+from ..core.tree import Tree
 from ..models.network import Model
 
 _RANK, _NORM = method_leaf_name("lora_rank"), method_leaf_name("norm")
@@ -57,15 +55,17 @@ class HetLoRA(FineTuning):
 
     def init(self, model: Model, rng: Generator) -> Variables:
         shared = super().init(model, rng).shared
-        max_rank = max(len(A) for A, _ in factor_pairs(shared).values())
-        return Variables(shared, {_RANK: torch.tensor(float(max_rank))})
+        return Variables(shared, {_RANK: torch.tensor(float(factors.max_components(shared)))})
 
-    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
-        return self.keep_client_rank(v)
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
+        def keep(start: Variables, now: Variables, data: Batch) -> Variables:
+            return self.keep_client_rank(now)
+
+        return Visit(keep), *super().local(model, train, round_), Visit(self.prune)
 
     def keep_client_rank(self, v: Variables) -> Variables:
         """Return ``v`` with all components after the first r_k set to zero."""
-        return v._replace(shared=select_components(v.shared, 0, v.personal[_RANK]))
+        return v._replace(shared=factors.select_components(v.shared, 0, v.personal[_RANK]))
 
     def loss(self, model: Model) -> Loss:
         fit = super().loss(model)
@@ -78,75 +78,32 @@ class HetLoRA(FineTuning):
     def tail_norm(self, v: Variables) -> Tensor:
         """T, []: the penalty on the components that the next pruning would remove."""
         r = v.personal[_RANK]
-        norm = torch.linalg.vector_norm  # its gradient at zero is zero
-        return sum(
-            norm(A) * norm(B)
-            for A, B in factor_pairs(select_components(v.shared, self.pruned_rank(r), r)).values()
-        )
+        return factors.product_of_norms(factors.select_components(v.shared, self.pruned_rank(r), r))
 
     def pruned_rank(self, r: Tensor) -> Tensor:
         """The rank after pruning ``r``; ``r`` itself if gamma or the minimum leave it unchanged."""
-        rank = (
-            (self.gamma * r.double() + 1e-9).floor().to(r.dtype)
-        )  # floats: 0.29 * 100 is below 29
+        rank = (self.gamma * r.double() + 1e-9).floor().to(r.dtype)  # 0.29 * 100 is below 29
         return rank.clamp(min=self.lora_rank_min).minimum(r)
 
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
+    def prune(self, start: Variables, end: Variables, data: Batch | None) -> Variables:
+        """The client's variables after training; its rank falls if its tail has become smaller."""
         r = start.personal[_RANK]
         r = torch.where(self.tail_norm(end) < self.tail_norm(start), self.pruned_rank(r), r)
-        return end._replace(shared=select_components(end.shared, 0, r), personal={_RANK: r})
+        return end._replace(shared=factors.select_components(end.shared, 0, r), personal={_RANK: r})
 
-    def upload(self, start: Variables, end: Variables) -> Tree:
-        return super().upload(start, end) | {_NORM: norm_of_products(end.shared)}
-
-    def upload_numel(self, start: Variables, end: Variables) -> int:
-        upload, r = self.upload(start, end), int(end.personal[_RANK])
-        factors_numel = sum(
-            min(r, len(A)) * (A.shape[1] + len(B)) for A, B in factor_pairs(upload).values()
-        )
-        return factors_numel + numel(split(upload, is_not_factor)[0])
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
+        norm = factors.norm_of_products(end.shared)
+        mean = super().upload(start, end, round_).mean | {_NORM: norm}
+        return Upload(mean, numel=factors.components_numel(mean, int(end.personal[_RANK])))
 
     def client_model(self, model: Model, v: Variables) -> Tree:
-        """The client's own model, with its r_k components. With ``judged: server`` it keeps all
-        components.
-        """
-        return super().client_model(
-            model, v if self.judged == "server" else self.keep_client_rank(v)
-        )
+        """The client's own model: its r_k components, or all of them with ``judged: server``."""
+        own = v if self.judged == "server" else self.keep_client_rank(v)
+        return super().client_model(model, own)
 
-    def adapter(
-        self, model: Model, v: Variables
-    ) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]:
+    def adapter(self, model: Model, v: Variables) -> Adapter:
         return super().adapter(model, self.keep_client_rank(v))
 
     def term_weights(self, upload: Tree, shared: Tree, count: int) -> Tree:
         # the minimum makes clients count equally if all norms are zero
-        return dict.fromkeys(factor_pairs(upload), upload[_NORM].clamp(min=1e-8))
-
-
-def factor_pairs(tree: Tree) -> dict[str, tuple[Tensor, Tensor]]:
-    """{weight: (A, B)} of all factors in ``tree``."""
-    return {n: (A, tree[factor_name(n, "B")]) for n, A in factors_by_weight(tree, "A").items()}
-
-
-def select_components(tree: Tree, first: Tensor | int, end: Tensor) -> Tree:
-    """``tree`` with factors that are zero outside the components from ``first`` up to, but without,
-    ``end``.
-    """
-    selected = {}
-    for name, (A, B) in factor_pairs(tree).items():
-        index = torch.arange(len(A), device=A.device)
-        is_selected = (first <= index) & (index < end)  # [r]
-        selected[factor_name(name, "A")] = torch.where(is_selected[:, None], A, 0.0)
-        selected[factor_name(name, "B")] = torch.where(is_selected, B, 0.0)
-    return tree | selected
-
-
-def norm_of_products(tree: Tree) -> Tensor:
-    """The norm of all products B A together, []. It forms no product: ||B A||^2 = sum (B' B) o (A
-    A'), where both matrices are [r, r].
-    """
-    squares = (((B.T @ B) * (A @ A.T)).sum() for A, B in factor_pairs(tree).values())
-    return cast(Tensor, sum(squares)).clamp(min=0).sqrt()
+        return dict.fromkeys(factors.factor_pairs(upload), upload[_NORM].clamp(min=1e-8))

@@ -21,11 +21,11 @@ authors' code; the authors of pFedLoRA measure all methods after training (``acc
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, LocalTraining, Variables
+from ..algorithm import LocalTraining, Variables
+from ..components.averaging import Averaging
 from ..core.names import method_leaf_name
 from ..core.tree import Tree, add_prefix, select_prefix, split
 from ..models.network import Model
@@ -34,11 +34,8 @@ _HEAD = method_leaf_name("head")
 
 
 @dataclass(frozen=True)
-class LGFedAvg(Algorithm):
+class LGFedAvg(Averaging):
     """FedAvg on the heads alone."""
-
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def check(self, model: Model, train: LocalTraining) -> None:
         head = split(model.initial, lambda leaf: model.role(leaf) == "head")[0]

@@ -26,7 +26,7 @@ class LocalLoRA(LowRank, Algorithm):
     def init(self, model: Model, rng: Generator) -> Variables:
         return Variables(shared={}, personal=model.initial | self.factors(model, rng))
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         return self.training_phases(model, train, self.loss(model))
 
     def client_model(self, model: Model, v: Variables) -> Tree:

@@ -21,13 +21,13 @@ default mu is the authors' value for CIFAR-10.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..algorithm import Batch, LocalTraining, Phase, Step, Variables, Visit
+from ..components.averaging import Averaging
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -38,13 +38,11 @@ _OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
-class MOON(Algorithm):
+class MOON(Averaging):
     """``mu`` is the weight of the contrastive loss, ``tau`` its temperature."""
 
     mu: float = 5.0
     tau: float = 0.5
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, mu="[0, inf)", tau="(0, inf)")
@@ -59,7 +57,7 @@ class MOON(Algorithm):
     def init(self, model: Model, rng: Generator) -> Variables:
         return Variables(shared=model.initial, personal=_own_body(model, model.initial))
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         teacher = model.eval_mode()
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
@@ -69,7 +67,11 @@ class MOON(Algorithm):
             fit = cross_entropy(model.classify(now.shared, z), batch)
             return fit + self.mu * self.contrastive_loss(z, z_glob, z_prev, batch)
 
-        return (Phase(train.epochs, (Step(loss, lambda leaf: model.role(leaf) is not None),)),)
+        def keep_model(start: Variables, now: Variables, data: Batch) -> Variables:
+            return Variables(now.shared, _own_body(model, now.shared))
+
+        step = Step(loss, lambda leaf: model.role(leaf) is not None)
+        return Phase(train.epochs, (step,)), Visit(keep_model)
 
     def contrastive_loss(self, z: Tensor, z_glob: Tensor, z_prev: Tensor, batch: Batch) -> Tensor:
         """The mean of l_con over the real examples, []. Features: [B, width]."""
@@ -79,11 +81,6 @@ class MOON(Algorithm):
         return cross_entropy(
             torch.stack(similarities, 1), batch._replace(y=torch.zeros_like(batch.y))
         )
-
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        return Variables(end.shared, _own_body(model, end.shared))
 
 
 def _own_body(model: Model, tree: Tree) -> Tree:

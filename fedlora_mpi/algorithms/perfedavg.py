@@ -28,7 +28,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Sgd, Step, Variables
+from ..algorithm import Batch, LocalTraining, Phase, Sgd, Step, Variables
+from ..components.averaging import Averaging
 from ..core.batch import split_batch
 from ..core.bounds import bounded
 from ..core.tree import Tree, split, tmap
@@ -36,18 +37,16 @@ from ..models.network import Model
 
 
 @dataclass(frozen=True)
-class PerFedAvg(Algorithm):
+class PerFedAvg(Averaging):
     """``variant: fo`` omits H_i (first order); ``hf`` keeps it, at about twice the cost."""
 
     alpha: float = 0.01
     variant: Literal["fo", "hf"] = "fo"
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, alpha="[0, inf)")
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         base_loss = self.loss(model)
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:

@@ -34,16 +34,16 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables, Visit
 from ..components.gating import (
-    GATE_PREFIX,
     STATS_PREFIX,
     count_runs,
     cut_tensors,
     gate_values,
     init_gate,
+    prune_gates,
+    scale_gate_gradients,
     scale_runs,
-    select_runs,
 )
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
@@ -58,7 +58,6 @@ class PFedGate(Algorithm):
     """``absent: stale`` follows the official code. ``sparsity`` is s, the share of weights kept."""
 
     evaluate_on = "after_training"
-    needs_all_data = True
     weights: Literal["samples", "uniform"] = "samples"
     absent: Literal["exclude", "stale"] = "stale"
     sparsity: float = 1.0
@@ -77,32 +76,21 @@ class PFedGate(Algorithm):
 
     def init(self, model: Model, rng: Generator) -> Variables:
         L = count_runs(cut_tensors(model, self.blocks))
-        return Variables(
-            model.initial, init_gate(model.shape, L, rng) | {_M: torch.full((L,), 0.5)}
-        )
+        gate = init_gate(model.shape, L, rng) | {_M: torch.full((L,), 0.5)}
+        return Variables(model.initial, gate)
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
-        lr_ratio = self.gate_lr / train.lr
-
-        # returns w, whose gradient is multiplied by lr_ratio
-        def scale_gradient(w):
-            return w.detach() + lr_ratio * (w - w.detach())
-
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            personal = {
-                n: scale_gradient(w) if n.startswith(GATE_PREFIX) else w
-                for n, w in now.personal.items()
-            }
+            personal = scale_gate_gradients(now.personal, self.gate_lr / train.lr)
             theta = self.gated_weights(model, now.shared, self.multipliers(model, personal, batch))
             return cross_entropy(model(theta, batch.x), batch)
 
-        return (Phase(train.epochs, (Step(loss, lambda leaf: not leaf.startswith(STATS_PREFIX)),)),)
+        def keep_multipliers(start: Variables, now: Variables, data: Batch) -> Variables:
+            M = self.multipliers(model.eval_mode(), now.personal, data)
+            return now._replace(personal=now.personal | {_M: M})
 
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        M = self.multipliers(model.eval_mode(), end.personal, data)
-        return end._replace(personal=end.personal | {_M: M})
+        step = Step(loss, lambda leaf: not leaf.startswith(STATS_PREFIX))
+        return Phase(train.epochs, (step,)), Visit(keep_multipliers, all_data=True)
 
     def client_model(self, model: Model, v: Variables) -> Tree:
         return self.gated_weights(model, v.shared, v.personal[_M])
@@ -117,6 +105,5 @@ class PFedGate(Algorithm):
         if self.sparsity == 1:
             return M
         min_gate = min(max(1 / self.blocks, 0.1), self.sparsity)
-        p = M.clamp(min=min_gate)
-        is_kept = select_runs(cut_tensors(model, self.blocks), p.detach(), self.sparsity - min_gate)
-        return M * is_kept * (1 + (p - p.detach()) if self.straight_through else 1)
+        cuts = cut_tensors(model, self.blocks)
+        return prune_gates(M, cuts, self.sparsity - min_gate, min_gate, self.straight_through)

@@ -73,30 +73,25 @@ class PFedLoRA(Algorithm):
         theta = self.adapter_spec.init(model, rng)
         return Variables(shared=add_prefix(theta, _ADAPTER), personal=model.initial)
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         mu = self.mu if self.mu_schedule == "constant" else min(self.mu, round_ / self.mu_rounds)
         mu = mu if self.mu_on == "combined" else 1 - mu
 
         def model_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            if self.adapter == "conv":
-                z, model_logits = None, model(now.personal, batch.x)
-            else:
-                z = model.features(now.personal, batch.x)
-                model_logits = model.classify(now.personal, z)
-            return (1 - mu) * cross_entropy(model_logits, batch) + mu * combined_loss(now, z, batch)
+            w, z = now.personal, self.adapter_spec.features(model, now.personal, batch.x)
+            model_logits = model(w, batch.x) if z is None else model.classify(w, z)
+            fit = (1 - mu) * cross_entropy(model_logits, batch)
+            return fit + mu * combined_loss(now, start, batch, z)
 
-        def combined_loss(now: Variables, z: Tensor | None, batch: Batch) -> Tensor:
+        def combined_loss(
+            now: Variables, start: Variables, batch: Batch, z: Tensor | None = None
+        ) -> Tensor:
             w = model.copy_statistics(now.personal)  # F + theta moves no statistics of F
-            return cross_entropy(
-                self.adapter_spec.logits(model, w, select_prefix(now.shared, _ADAPTER), batch.x, z),
-                batch,
-            )
+            theta = select_prefix(now.shared, _ADAPTER)
+            return cross_entropy(self.adapter_spec.logits(model, w, theta, batch.x, z), batch)
 
         model_step = Step(model_loss, model.leaves.__contains__)
-        adapter_step = Step(
-            lambda now, start, batch: combined_loss(now, None, batch),
-            {_ADAPTER + "A", _ADAPTER + "B"}.__contains__,
-        )
+        adapter_step = Step(combined_loss, {_ADAPTER + "A", _ADAPTER + "B"}.__contains__)
         return Phase(train.epochs, (model_step,)), Phase(self.adapter_epochs, (adapter_step,))
 
     def client_model(self, model: Model, v: Variables) -> Tree:

@@ -23,12 +23,12 @@ that of x. Their values for MNIST: lam 15, inner_steps 5, inner_lr 0.09, lr 0.00
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Sgd, Step, Variables
+from ..algorithm import Batch, LocalTraining, Phase, Sgd, Step, Upload, Variables, Visit
+from ..components.averaging import Averaging
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
 from ..core.tree import Tree, add_prefix, select_prefix, sq_dist
@@ -38,7 +38,7 @@ _OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
-class PFedMe(Algorithm):
+class PFedMe(Averaging):
     """Stable only if ``inner_lr * lam`` and ``train.lr * lam`` are below 2; ``check`` enforces
     this.
     """
@@ -48,8 +48,6 @@ class PFedMe(Algorithm):
     inner_steps: int = 5
     inner_lr: float = 0.09
     beta: float = 1.0
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)", inner_steps="[1, inf)", inner_lr="(0, inf)", beta="[0, inf)")
@@ -71,15 +69,13 @@ class PFedMe(Algorithm):
         theta = {n: v for n, v in model.initial.items() if model.role(n) != "stats"}
         return Variables(shared=model.initial, personal=add_prefix(theta, _OWN))
 
-    def begin(self, model: Model, v: Variables, data: Batch) -> Variables:
-        return Variables(
-            v.shared, add_prefix({n: v.shared[n] for n in select_prefix(v.personal, _OWN)}, _OWN)
-        )
-
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         base_loss = self.loss(model)
         parameters = [n for n in model.leaves if model.role(n) != "stats"]
         own_parameters = {_OWN + n for n in parameters}
+
+        def start_theta(start: Variables, now: Variables, data: Batch) -> Variables:
+            return Variables(now.shared, add_prefix({n: now.shared[n] for n in parameters}, _OWN))
 
         def penalty(now: Variables, start: Variables, batch: Batch) -> Tensor:
             return self.lam / 2 * sq_dist(self.client_model(model, now), now.shared, parameters)
@@ -94,15 +90,15 @@ class PFedMe(Algorithm):
             repeat=self.inner_steps,
         )
         outer = Step(penalty, parameters.__contains__, lambda sgd: Sgd(sgd.lr))
-        return (Phase(train.epochs, (inner, outer)),)
+        return Visit(start_theta), Phase(train.epochs, (inner, outer))
 
-    def upload(self, start: Variables, end: Variables) -> Tree:
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
         """(1 - beta) x + beta w_i; the running statistics are sent unchanged."""
 
         def interpolate(n, w):
             return torch.lerp(start.shared[n], w, self.beta) if _OWN + n in end.personal else w
 
-        return {n: interpolate(n, w) for n, w in end.shared.items()}
+        return Upload(mean={n: interpolate(n, w) for n, w in end.shared.items()})
 
     def client_model(self, model: Model, v: Variables) -> Tree:
         """theta_i with the running statistics of its training."""

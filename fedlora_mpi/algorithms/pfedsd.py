@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
+from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables, Visit
 from ..core.batch import cross_entropy, kl_divergence, mean
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -55,7 +55,7 @@ class PFedSD(Algorithm):
             personal=add_prefix(model.initial, _OWN) | {_HAS_TEACHER: torch.tensor(0.0)},
         )
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         teacher = model if self.teacher_bn == "batch" else model.eval_mode()
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
@@ -64,7 +64,12 @@ class PFedSD(Algorithm):
             gap = self.distillation_loss(teacher(model.detach_tree(v), batch.x), o, batch)
             return cross_entropy(o, batch) + start.personal[_HAS_TEACHER] * self.lam * gap
 
-        return (Phase(train.epochs, (Step(loss, lambda leaf: model.role(leaf) is not None),)),)
+        def become_teacher(start: Variables, now: Variables, data: Batch) -> Variables:
+            has_teacher = torch.ones_like(start.personal[_HAS_TEACHER])
+            return Variables(now.shared, add_prefix(now.shared, _OWN) | {_HAS_TEACHER: has_teacher})
+
+        step = Step(loss, lambda leaf: model.role(leaf) is not None)
+        return Phase(train.epochs, (step,)), Visit(become_teacher)
 
     def distillation_loss(self, teacher: Tensor, student: Tensor, batch: Batch) -> Tensor:
         """The mean of T^2 KL(teacher || student) over the real examples, []. Logits: [B,
@@ -72,12 +77,3 @@ class PFedSD(Algorithm):
         """
         each = kl_divergence(teacher / self.temperature, student / self.temperature)
         return mean(self.temperature**2 * each, batch)
-
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        return Variables(
-            end.shared,
-            add_prefix(end.shared, _OWN)
-            | {_HAS_TEACHER: torch.ones_like(start.personal[_HAS_TEACHER])},
-        )

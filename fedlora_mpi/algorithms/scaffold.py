@@ -23,10 +23,22 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, Cohort, LocalTraining, Phase, Step, Variables
+from ..algorithm import (
+    Aggregate,
+    Algorithm,
+    Batch,
+    LocalTraining,
+    Phase,
+    Step,
+    Svd,
+    Update,
+    Upload,
+    Variables,
+    Visit,
+)
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
-from ..core.tree import Tree, add_prefix, select_prefix
+from ..core.tree import Tree, add_prefix, select_prefix, split, tmap
 from ..models.network import Model
 
 _C = method_leaf_name("c")
@@ -35,9 +47,7 @@ _C_I = method_leaf_name("c_i")
 
 @dataclass(frozen=True)
 class Scaffold(Algorithm):
-    """The leaves "c.<parameter>" are c, the leaves "c_i.<parameter>" are c_i; both start at
-    zero.
-    """
+    """The leaves "c.<parameter>" are c, "c_i.<parameter>" are c_i; both start at zero."""
 
     weights = "uniform"
     server_lr: float = 1.0
@@ -54,55 +64,45 @@ class Scaffold(Algorithm):
             )
 
     def init(self, model: Model, rng: Generator) -> Variables:
-        zeros = {
-            n: torch.zeros_like(v) for n, v in model.initial.items() if model.role(n) != "stats"
-        }
-        return Variables(
-            shared=model.initial | add_prefix(zeros, _C), personal=add_prefix(zeros, _C_I)
-        )
+        parameters, _ = split(model.initial, lambda leaf: model.role(leaf) != "stats")
+        zeros = tmap(torch.zeros_like, parameters)
+        return Variables(model.initial | add_prefix(zeros, _C), add_prefix(zeros, _C_I))
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         base_loss = self.loss(model)
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
+            x, y = start.shared, now.shared
             drift = sum(
-                (
-                    (start.shared[_C + n] - start.personal[_C_I + n])
-                    * (now.shared[n] - start.shared[n])
-                ).sum()
-                for n in _parameters(start.shared)
+                ((x[_C + n] - start.personal[_C_I + n]) * (y[n] - x[n])).sum()
+                for n in _parameters(x)
             )
             return base_loss(now, start, batch) + drift  # eq. (3)
 
-        return (Phase(train.epochs, (Step(loss, lambda leaf: model.role(leaf) is not None),)),)
+        def update_control(start: Variables, now: Variables, data: Batch) -> Variables:
+            K = train.epochs * (data.counts.sum() / train.batch_size).ceil()
+            x, y = start.shared, now.shared
+            c_i = {
+                _C_I + n: start.personal[_C_I + n] - x[_C + n] + (x[n] - y[n]) / (K * train.lr)
+                for n in _parameters(x)
+            }  # eq. (4)
+            return Variables(y, c_i)
 
-    def finish(
-        self, model: Model, train: LocalTraining, start: Variables, end: Variables, data: Batch
-    ) -> Variables:
-        K = train.epochs * (data.counts.sum() / train.batch_size).ceil()
-        x, y = start.shared, end.shared
-        c_i = {
-            # eq. (4)
-            _C_I + n: start.personal[_C_I + n] - x[_C + n] + (x[n] - y[n]) / (K * train.lr)
-            for n in _parameters(x)
-        }
-        return Variables(y, c_i)
+        step = Step(loss, lambda leaf: model.role(leaf) is not None)
+        return Phase(train.epochs, (step,)), Visit(update_control)
 
-    def upload(self, start: Variables, end: Variables) -> Tree:
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
         """y_i with its running statistics, and c_i+ - c_i."""
-        c_changes = {
-            n: end.personal[_C_I + n] - start.personal[_C_I + n] for n in _parameters(start.shared)
-        }
-        return end.shared | {_C + n: v for n, v in c_changes.items()}
+        parameters = _parameters(start.shared)
+        c = {_C + n: end.personal[_C_I + n] - start.personal[_C_I + n] for n in parameters}
+        return Upload(mean=end.shared | c)
 
-    def server_update(
-        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
-    ) -> tuple[Tree, Tree]:
-        parameters = _parameters(shared)
+    def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
+        mean, parameters = aggregate.mean, _parameters(shared)
         # lerp returns exactly the mean at server_lr 1
         x = {n: torch.lerp(shared[n], mean[n], self.server_lr) for n in parameters}
-        c = {_C + n: shared[_C + n] + cohort.share * mean[_C + n] for n in parameters}
-        return server, mean | x | c  # eq. (5)
+        c = {_C + n: shared[_C + n] + aggregate.share * mean[_C + n] for n in parameters}
+        return Update(mean | x | c)  # eq. (5)
 
 
 def _parameters(shared: Tree) -> list[str]:

@@ -231,7 +231,7 @@ def _factors(
     if shared and not factors:
         with torch.no_grad():
             tensors = {name: torch.from_numpy(value) for name, value in run.by_leaf(shared).items()}
-            arrived = run.variants[client].download(tensors)
+            arrived = run.transports[client].download(tensors)
         factors = _factor_pairs({name: value.numpy() for name, value in arrived.items()}, network)
     scales = _scales(run, client) if factors else {}
     for layer, (B, A) in factors.items():
@@ -258,7 +258,7 @@ def _factor_pairs(tree: Mapping[str, T], network: Container[str]) -> dict[str, t
 
 def _scales(run: RunView, client: int) -> dict[str, float]:
     """Return the factor s in s B A, by layer, or under "" for all layers."""
-    variant = run.variants[client]
+    variant = run.transports[client].method
     if getattr(variant, "scale", None) == "one":
         return {"": 1.0}
     if hasattr(variant, "scales"):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import nn
 
-    from ..algorithm import Algorithm, Variables
+    from ..algorithm import Algorithm, Transport, Variables
     from ..config import Config
     from ..config.experiment import Network
     from ..data.texts import Vocabulary
@@ -202,12 +202,10 @@ class RunView:
         return ClientView(self, id)
 
     @cached_property
-    def variants(self) -> "tuple[Algorithm, ...]":
-        """[N] The method of each client, for instance with its own LoRA rank."""
-        clients = len(self.partition.train)
-        return tuple(
-            self._parsed_config.algorithm.for_client(client, clients) for client in range(clients)
-        )
+    def transports(self) -> "tuple[Transport, ...]":
+        """What differs between clients, such as a rank of their own, for each client, [N]."""
+        clients, algorithm = len(self.partition.train), self._parsed_config.algorithm
+        return tuple(algorithm.transport(client, clients) for client in range(clients))
 
     @cached_property
     def networks(self) -> "tuple[Model, ...]":
@@ -251,7 +249,8 @@ class RunView:
         """
         network = min(self.network_of) if client is None else self.network_of[client]
         initial = self._initial_variables(
-            self._parsed_config.algorithm if client is None else self.variants[client], network
+            self._parsed_config.algorithm if client is None else self.transports[client].method,
+            network,
         )
         leaf_of = {
             name: n
@@ -338,7 +337,7 @@ class ClientView:
     @property
     def algorithm(self) -> "Algorithm":
         """The method of this client."""
-        return self.run.variants[self.id]
+        return self.run.transports[self.id].method
 
     @cached_property
     def variables(self) -> "Variables":
@@ -366,7 +365,7 @@ class ClientView:
             downloaded = (
                 shared
                 if self.algorithm.evaluate_on == "server"
-                else self.algorithm.download(shared)
+                else self.run.transports[self.id].download(shared)
             )
         return Variables(downloaded, tensors({n: _single_row(row) for n, row in rows.items()}))
 

@@ -79,13 +79,18 @@ class Adapter:
         weight = tree[name] if name in tree else model.constants[name]
         return tree | {name: weight + delta.view(weight.shape).to(weight.dtype)}
 
+    def features(self, model: Model, tree: Tree, x: Tensor) -> Tensor | None:
+        """Return the features of x without the adapter; None for a ``conv`` adapter, which changes
+        them.
+        """
+        return None if self.place == "conv" else model.features(tree, x)
+
     def logits(
         self, model: Model, tree: Tree, adapter: Tree, x: Tensor, z: Tensor | None = None
     ) -> Tensor:
         """Return the logits of the network with the adapter: [B, ...] -> [B, classes].
 
-        z: the features of x without the adapter, if they are known; a ``conv`` adapter cannot use
-        them.
+        z: ``features`` of x, if they are known.
         """
         if self.place == "conv":
             return model(self.merge(model, tree, adapter), x)

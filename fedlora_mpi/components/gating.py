@@ -146,6 +146,27 @@ def _update_running(running: Tensor, value: Tensor, momentum: float | Tensor = 0
     running += momentum * (value - running)
 
 
+def scale_gate_gradients(leaves: Tree, ratio: float) -> Tree:
+    """Return ``leaves``; the gradients of the gate's trained ones are multiplied by ``ratio``."""
+    return leaves | {
+        n: w.detach() + ratio * (w - w.detach())
+        for n, w in leaves.items()
+        if n.startswith(GATE_PREFIX)
+    }
+
+
+def prune_gates(
+    M: Tensor, cuts: dict[str, Cut], budget_share: float, min_gate: float, straight_through: bool
+) -> Tensor:
+    """Return M [L] with zero for the runs that ``select_runs`` drops by p = max(M, min_gate).
+
+    With ``straight_through`` the other runs are multiplied by 1 + p - sg(p): p has a gradient.
+    """
+    p = M.clamp(min=min_gate)
+    is_kept = select_runs(cuts, p.detach(), budget_share)
+    return M * is_kept * (1 + (p - p.detach()) if straight_through else 1)
+
+
 def select_runs(cuts: dict[str, Cut], importance: Tensor, budget_share: float) -> Tensor:
     """Return which runs are kept, [L] bool: the first of every tensor, and others by importance.
 

@@ -149,9 +149,6 @@ class LowRank:
             products[name] = as_weight(product, leaf)
         return products
 
-    def low_rank(self, model: Model) -> dict[str, int]:
-        return self.ranks(model)
-
     def _rank(self, leaf: Leaf) -> int:
         full = min(matrix_shape(leaf))
         if leaf.matrix == "linear":
@@ -286,27 +283,3 @@ def right_singular_vectors(matrix: Tensor, rows: int) -> Tensor:
     _, V = torch.linalg.eigh(tall_matrix.mT @ tall_matrix)  # in ascending order
     V = V[..., -rows:].flip(-1)
     return (V if basis is None else basis @ V).mT.to(matrix.dtype)
-
-
-def truncate_svd(update: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``update`` [d1, ...] without its small singular values, and the numbers to send [].
-
-    ``update`` is read as a matrix [d1, d2] = sum_j s_j u_j v_j'. Only s_j, u_j and v_j for j <= n
-    are sent, which are n (d1 + d2 + 1) numbers. n >= 1 is the smallest number with sum_{j <= n}
-    s_j^2 >= energy sum_j s_j^2. energy: [] float64.
-
-    The spurious singular values of a rank-deficient matrix are below 1e-8 s_1. Their squares vanish
-    in the float64 sum, so n is at most the rank. A non-finite ``update`` is returned unchanged.
-    """
-    matrix = update.flatten(1).double()
-    finite = matrix.isfinite().all()
-    # svd raises an error on nan
-    U, s, V = torch.linalg.svd(torch.where(finite, matrix, 0.0), full_matrices=False)
-    energies = s.square().cumsum(0)
-    is_enough = energies[:-1] >= energy * energies[-1]  # the first values suffice
-    # a mask, because under vmap every client of a group has its own n
-    is_kept = torch.cat([torch.ones_like(finite)[None], ~is_enough])
-    approximation = torch.where(finite, (U * (s * is_kept)) @ V, matrix)
-    return approximation.to(update.dtype).view(update.shape), is_kept.sum() * (
-        sum(matrix.shape) + 1
-    )

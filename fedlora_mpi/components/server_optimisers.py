@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..algorithm import Cohort
+from ..algorithm import Aggregate, Svd, Update
 from ..core.bounds import bounded
 from ..core.tree import Tree
 from ..models.network import Model
@@ -30,8 +30,8 @@ def init_moments(model: Model, shared: Tree, **initial_values: float) -> Tree:
 
 def step_server(
     server: Tree, shared: Tree, mean: Tree, step: Callable[..., tuple[Tensor, dict[str, Tensor]]]
-) -> tuple[Tree, Tree]:
-    """Return the next (server, shared).
+) -> Update:
+    """Return the next variables of the server.
 
     A leaf x with moments becomes x + increment; any other leaf becomes its mean. ``step(delta,
     **moments)`` returns the increment and the next moments of one leaf, with delta = mean - x. It
@@ -46,7 +46,7 @@ def step_server(
         increment, leaf_moments = step(mean[leaf].double() - x, **leaf_moments)
         new_shared[leaf] = (x + increment).to(x.dtype)
         server |= {f"{m}.{leaf}": value.to(x.dtype) for m, value in leaf_moments.items()}
-    return server, new_shared
+    return Update(new_shared, server)
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,10 @@ class AdaptiveServer:
     def server(self, model: Model, shared: Tree) -> Tree:
         return init_moments(model, shared, m=0.0, v=self.tau**2)
 
-    def server_update(
-        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
-    ) -> tuple[Tree, Tree]:
+    def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
         def step(delta: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             m = self.beta1 * m + (1 - self.beta1) * delta
             v = self.second_moment(v, delta**2)
             return self.eta * m / (v.sqrt() + self.tau), {"m": m, "v": v}
 
-        return step_server(server, shared, mean, step)
+        return step_server(server, shared, aggregate.mean, step)

@@ -11,7 +11,7 @@ def squared_distances(gram: Tensor) -> Tensor:
 
     For 0/1 masks the distance is exact: the number of entries in which they differ. For other keys
     the difference cancels digits unless the keys' mean has been subtracted
-    (``Algorithm.center_keys``), which changes no distance.
+    (``Mix.centered``), which changes no distance.
     """
     squared_norms = gram.diagonal()
     return (squared_norms[:, None] + squared_norms - 2 * gram).clamp(min=0)

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from ..algorithm import Batch, Phase, Step, Variables
+from ..algorithm import Batch, Phase, Step, Variables, Visit, used_samples
 from ..core.escapes import summarize_error
 from ..core.tree import tmap
 from ..models.counting import FlopCounter
@@ -67,29 +67,31 @@ class Flops:
 
     def _count_round(self, samples: int, round_: int) -> int:
         algorithm, settings = self.trainer.algorithm, self.trainer.settings
-        phases, total = algorithm.phases(self._cpu_model, settings, round_), 0
-        for number, phase in enumerate(phases):
-            if phase.epochs == 0:
-                continue
-            key, count_batch = (
-                ("phase", number, *map(self._step_key, phase.steps)),
-                partial(self._count_phase, phase),
-            )
-            used_samples = algorithm.used(phase, samples)
-            batches, remainder = divmod(used_samples, settings.batch_size)
-            total += (
-                phase.epochs * batches * self._extrapolate(key, count_batch, settings.batch_size)
-            )
-            total += phase.epochs * self._extrapolate(key, count_batch, remainder)
-            if phase.constant:
-                total += self._count_once(
-                    (*key, "constant"), partial(self._count_constant, phase), 1
+        total = 0
+        for number, item in enumerate(algorithm.local(self._cpu_model, settings, round_)):
+            if isinstance(item, Visit):
+                total += self._extrapolate(
+                    ("visit", number, getattr(item.apply, "__code__", item.apply)),
+                    partial(self._count_visit, item),
+                    samples if item.all_data else 1,
                 )
-        hook_samples = samples if algorithm.needs_all_data else 1
-        return total + sum(
-            self._extrapolate((hook.__name__,), hook, hook_samples)
-            for hook in (self._count_begin, self._count_finish)
+            elif item.epochs:
+                total += self._count_epochs(number, item, samples)
+        return total
+
+    def _count_epochs(self, number: int, phase: Phase, samples: int) -> int:
+        """FLOPs of all epochs of a phase, the item of this number."""
+        batch_size = self.trainer.settings.batch_size
+        key = ("phase", number, *map(self._step_key, phase.steps))
+        count_batch = partial(self._count_phase, phase)
+        batches, remainder = divmod(
+            used_samples(self.trainer.algorithm, phase, samples), batch_size
         )
+        total = phase.epochs * batches * self._extrapolate(key, count_batch, batch_size)
+        total += phase.epochs * self._extrapolate(key, count_batch, remainder)
+        if phase.constant:
+            total += self._count_once((*key, "constant"), partial(self._count_constant, phase), 1)
+        return total
 
     @property
     def _cpu_model(self) -> Model:
@@ -147,16 +149,9 @@ class Flops:
         assert phase.constant is not None
         return self._count_flops(phase.constant, self.initial)
 
-    def _count_begin(self, samples: int) -> int:
-        return self._count_flops(
-            self.trainer.algorithm.begin, self._cpu_model, self.initial, self._zero_batch(samples)
-        )
-
-    def _count_finish(self, samples: int) -> int:
-        finish, v = self.trainer.algorithm.finish, self.initial
-        return self._count_flops(
-            finish, self._cpu_model, self.trainer.settings, v, v, self._zero_batch(samples)
-        )
+    def _count_visit(self, visit: Visit, samples: int) -> int:
+        v = self.initial
+        return self._count_flops(visit.apply, v, v, self._zero_batch(samples))
 
     def _zero_batch(self, samples: int) -> Batch:
         """A batch of ``samples`` zero inputs, all of class 0."""

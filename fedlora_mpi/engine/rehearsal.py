@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..algorithm import Phase, Variables
+from ..algorithm import Phase, Variables, Visit
 from ..core.batch import Batch
 from ..core.tree import Tree, numel, tmap
 from ..data.feed import Feed
@@ -167,13 +167,19 @@ def _training_error(error: Exception) -> ValueError:
 class _OneEpochTrainer(Trainer):
     """A trainer that runs at most one epoch of every phase."""
 
-    def phases(self, round_: int) -> Sequence[Phase]:
-        return [phase._replace(epochs=min(1, phase.epochs)) for phase in super().phases(round_)]
+    def local(self, round_: int) -> Sequence[Phase | Visit]:
+        return _shorten(super().local(round_))
 
-    def tuning_phases(self, round_: int) -> Sequence[Phase]:
-        return [
-            phase._replace(epochs=min(1, phase.epochs)) for phase in super().tuning_phases(round_)
-        ]
+    def personalization(self, round_: int) -> Sequence[Phase | Visit]:
+        return _shorten(super().personalization(round_))
+
+
+def _shorten(items: Sequence[Phase | Visit]) -> list[Phase | Visit]:
+    """The items with one epoch of every phase."""
+    return [
+        item._replace(epochs=min(1, item.epochs)) if isinstance(item, Phase) else item
+        for item in items
+    ]
 
 
 def _make_trainer(
@@ -189,7 +195,7 @@ def _make_trainer(
     settings = replace(trainer.settings, batch_size=min(_BATCH_SIZE, trainer.settings.batch_size))
     feed = _CastFeed(cast(Feed, trainer.feed).with_two_clients(sizes, test_sizes), dtype)
     model = _copy_model(trainer.model, dtype)
-    return _OneEpochTrainer(trainer.algorithm, model, settings, feed, trainer.device, stacked)
+    return _OneEpochTrainer(trainer.transport, model, settings, feed, trainer.device, stacked)
 
 
 def _copy_model(model: Model, dtype: torch.dtype) -> Model:

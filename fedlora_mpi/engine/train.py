@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Variables
+from ..algorithm import (
+    Algorithm,
+    Batch,
+    LocalTraining,
+    Phase,
+    Transport,
+    Variables,
+    Visit,
+    used_samples,
+)
 from ..core.scheduling import equal_parts
 from ..core.transfer import to_device, to_host
 from ..core.tree import Tree, tmap
@@ -56,8 +65,8 @@ class ClientResult(NamedTuple):
     """Result of one client's training."""
 
     client: int
-    start: Variables  # as ``Algorithm.begin`` left them
-    end: Variables  # as ``Algorithm.finish`` left them
+    start: Variables  # before the first phase
+    end: Variables  # after the last phase or visit
     loss: Tensor  # [] mean training loss of the last epoch, on the host
     # [2] test accuracy and loss of the client's own model at this moment, on the host
     score: Tensor | None
@@ -70,7 +79,7 @@ class ClientResult(NamedTuple):
 class Trainer:
     """Trains and evaluates clients on one device."""
 
-    algorithm: Algorithm
+    transport: Transport
     model: Model
     settings: LocalTraining
     feed: ClientFeed
@@ -80,6 +89,11 @@ class Trainer:
     graphs: GraphCache | None = None
     precision: str = "float32"
     memory_budget: MemoryBudget = field(default_factory=MemoryBudget)
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The method as these clients have it."""
+        return self.transport.method
 
     def train(
         self,
@@ -91,18 +105,16 @@ class Trainer:
     ) -> Iterator[ClientResult]:
         """Train ``clients`` (largest first) from ``shared`` and their rows ``personal_C`` [C, ...].
 
-        No argument is written to. The results of a stack are views into it.
+        No argument is written to. Results of clients in a stack are views of the stack's tensors.
         """
-        phases = self.phases(round_)
+        items = self.local(round_)
 
         def train_members(members: Sequence[int]) -> tuple[Variables, Variables, list[Tensor]]:
             ids = [clients[c] for c in members]
-            start = self._begin_training(ids, shared, personal_C, members)
-            now, loss_C = self._train(
-                ids, start, tmap_vars(self._trainable_copy, start), round_, phases
+            start, end, loss_C = self._run_items(
+                ids, self._received_variables(shared, personal_C, members), round_, items
             )
             with torch.no_grad():
-                end = self._finish_training(ids, start, now)
                 score_C = [self._scores(ids, end)] if evaluate else []
             return start, end, to_host([loss_C, *end.personal.values(), *score_C])
 
@@ -143,24 +155,20 @@ class Trainer:
         """Scores of each client's own model, float64 [C, 3] on the host: test accuracy (fraction),
         mean loss, and the fraction of its test samples with a NaN logit.
 
-        Clients as in ``train``. A client without test samples has NaN. A client without training
-        samples is not personalized.
+        Clients as in ``train``. A client without test samples has NaN.
         """
-        phases = self.tuning_phases(round_)
+        items = self.personalization(round_)
 
         def score_members(members: Sequence[int]) -> Tensor:
             ids = [clients[c] for c in members]
-            if phases:
-                start = self._start_variables(shared, personal_C, members)
-                v, _ = self._train(
-                    ids, start, tmap_vars(self._trainable_copy, start), round_, phases
-                )
-                return self._scores(ids, v)
+            if items:
+                received = self._received_variables(shared, personal_C, members)
+                return self._scores(ids, self._run_items(ids, received, round_, items)[1])
             device_shared = self._to_device(shared)
             client_shared = (
                 device_shared
                 if self.algorithm.evaluate_on == "server"
-                else self.algorithm.download(device_shared)
+                else self.transport.download(device_shared)
             )
             v = Variables(client_shared, self._personal_rows(personal_C, members))
             return self._scores(ids, v, shared_axis=None)
@@ -168,17 +176,17 @@ class Trainer:
         scores = [score_C for _, score_C in self._compute_in_parts(len(clients), score_members)]
         return torch.cat(to_host(scores)) if scores else torch.zeros(0, 3, dtype=torch.float64)
 
-    def phases(self, round_: int) -> Sequence[Phase]:
-        """The phases of local training in a round."""
-        return self.algorithm.phases(self.model, self.settings, round_)
+    def local(self, round_: int) -> Sequence[Phase | Visit]:
+        """The phases and visits of a round."""
+        return self.algorithm.local(self.model, self.settings, round_)
 
-    def tuning_phases(self, round_: int) -> Sequence[Phase]:
-        """The phases that train a copy before an evaluation."""
+    def personalization(self, round_: int) -> Sequence[Phase | Visit]:
+        """The phases and visits that train a copy before an evaluation."""
         return self.algorithm.personalize(self.model, self.settings, round_)
 
     def evaluation_stack_size(self, clients: Sequence[int], round_: int) -> int:
         """Clients that are evaluated in one stack; with few test samples more than train in one."""
-        if not self.stacked or self.tuning_phases(round_):
+        if not self.stacked or self.personalization(round_):
             return 1
         return min(_MAX_EVALUATION_STACK, _TEST_BATCH // max(1, *map(self.feed.test_size, clients)))
 
@@ -251,50 +259,52 @@ class Trainer:
         width = max(1, _TEST_BATCH // clients)
         return [range(samples)[first : first + width] for first in range(0, samples, width)]
 
-    @torch.no_grad()
-    def _begin_training(
-        self, ids: Sequence[int], shared: Tree, personal_C: Tree, members: Sequence[int]
-    ) -> Variables:
-        """Variables at the start of training, after ``Algorithm.begin``."""
-        start = self._start_variables(shared, personal_C, members)
-        if type(self.algorithm).begin is Algorithm.begin:
-            return start
-        return self._map_clients(
-            lambda v, data: self.algorithm.begin(self.model, v, data),
-            start,
-            self._survey_batch(ids),
-        )
-
-    def _finish_training(self, ids: Sequence[int], start: Variables, now: Variables) -> Variables:
-        """Variables after ``Algorithm.finish``."""
-        if type(self.algorithm).finish is Algorithm.finish:
-            return now
-
-        def finish(s, e, data):
-            return self.algorithm.finish(self.model, self.settings, s, e, data)
-
-        return self._map_clients(finish, start, now, self._survey_batch(ids))
-
-    def _survey_batch(self, ids: Sequence[int]) -> Batch:
-        """All training samples of the clients if the algorithm needs them, else their first."""
-        return self.feed.unshuffled_batch(ids, all_samples=self.algorithm.needs_all_data)
-
-    def _map_clients(self, hook: Callable, *args: Variables | Batch) -> Variables:
-        """``hook`` of every client: its last argument is a batch, the others are variables."""
-        *variables, data = args
-        assert isinstance(data, Batch)
-        if not self.stacked:
-            return hook(*variables, Batch._make(v if v is None else v[0] for v in data))
-        axes = tuple(0 for _ in variables), tuple(None if v is None else 0 for v in data)
-        return vmap(lambda v, d: hook(*v, Batch._make(d)), in_dims=axes)(
-            tuple(variables), tuple(data)
-        )
-
-    def _start_variables(self, shared: Tree, personal_C: Tree, members: Sequence[int]) -> Variables:
-        """The variables of these clients, [C, ...] in a stack; copies if the network writes to its
-        parameters.
+    def _run_items(
+        self,
+        ids: Sequence[int],
+        received: Variables,
+        round_: int,
+        items: Sequence[Phase | Visit],
+    ) -> tuple[Variables, Variables, Tensor]:
+        """Run ``items`` on the ``received`` variables; the variables before the first phase, those
+        at the end, and the losses [C] of the last epoch.
         """
-        shared = self.algorithm.download(self._to_device(shared))
+        numbers = [number for number, item in enumerate(items) if isinstance(item, Phase)]
+        first_phase = numbers[0] if numbers else 0
+        start = received
+        for visit in items[:first_phase]:
+            assert isinstance(visit, Visit)
+            start = self._visit(ids, visit, start, start)
+        now, loss_C, epochs = start, torch.zeros(len(ids), device=self.device), 0
+        for number, item in enumerate(items[first_phase:], first_phase):
+            if isinstance(item, Visit):
+                now = self._visit(ids, item, start, now)
+                continue
+            if number == first_phase or isinstance(items[number - 1], Visit):
+                now = tmap_vars(self._trainable_copy, now)  # a visit may return what others hold
+            loss_C, epochs = self._run_phase(ids, item, start, now, round_, loss_C, epochs)
+        return start, now, loss_C
+
+    @torch.no_grad()
+    def _visit(
+        self, ids: Sequence[int], visit: Visit, start: Variables, now: Variables
+    ) -> Variables:
+        """What ``visit`` makes of the variables of these clients."""
+        data = self.feed.unshuffled_batch(ids, all_samples=visit.all_data)
+        if not self.stacked:
+            return visit.apply(start, now, Batch._make(v if v is None else v[0] for v in data))
+        axes = 0, 0, tuple(None if v is None else 0 for v in data)
+        return vmap(lambda s, n, d: visit.apply(s, n, Batch._make(d)), in_dims=axes)(
+            start, now, tuple(data)
+        )
+
+    def _received_variables(
+        self, shared: Tree, personal_C: Tree, members: Sequence[int]
+    ) -> Variables:
+        """The variables of these clients as they arrive, [C, ...] in a stack; copies if the network
+        writes to its parameters.
+        """
+        shared = self.transport.download(self._to_device(shared))
         if self.stacked:
             shared = tmap(lambda v: v.expand(len(members), *v.shape), shared)
         v = Variables(shared, self._personal_rows(personal_C, members))
@@ -319,47 +329,44 @@ class Trainer:
     def _to_device(self, tree: Tree) -> Tree:
         return tmap(lambda v: to_device(v, self.device), tree)
 
-    def _train(
+    def _run_phase(
         self,
         ids: Sequence[int],
+        phase: Phase,
         start: Variables,
         now: Variables,
         round_: int,
-        phases: Sequence[Phase],
-    ) -> tuple[Variables, Tensor]:
-        """Run ``phases`` on ``now``; the new variables and the losses [C].
+        loss_C: Tensor,
+        epochs: int,
+    ) -> tuple[Tensor, int]:
+        """Train ``now`` in place. Returns the losses [C] of the last epoch, ``loss_C`` if there is
+        none, and the number of epochs so far.
 
         Epochs are numbered over the phases. A phase without epochs, or with its own stream, leaves
         the batches of the others as they are.
         """
-        loss_C, number = torch.zeros(len(ids), device=self.device), 0
-        for phase in phases:
-            if phase.epochs == 0:
-                continue
-            runner = (self.graphs.runner_for if self.graphs else PhaseRunner)(
-                self, phase, start, now, len(ids)
-            )
-            for epoch in range(phase.epochs):
-                address = f"{phase.stream} {epoch}" if phase.stream else number
-                loss_C = self._run_epoch(runner, ids, round_, address)
-                number += not phase.stream
-            runner.end()
-            if phase.after:
-                with torch.no_grad():
-                    now = (vmap(phase.after) if self.stacked else phase.after)(now)
-        return now, loss_C
+        if phase.epochs == 0:
+            return loss_C, epochs
+        runner = (self.graphs.runner_for if self.graphs else PhaseRunner)(
+            self, phase, start, now, len(ids)
+        )
+        for epoch in range(phase.epochs):
+            address = f"{phase.stream} {epoch}" if phase.stream else epochs
+            loss_C = self._run_epoch(runner, ids, round_, address)
+            epochs += not phase.stream
+        runner.end()
+        return loss_C, epochs
 
     def _run_epoch(
         self, runner: PhaseRunner, ids: Sequence[int], round_: int, address: int | str
     ) -> Tensor:
         """One pass of every client over its own data; mean loss of each client, [C]."""
-        used_samples = [
-            self.algorithm.used(runner.phase, self.feed.train_size(client)) for client in ids
+        sizes = [
+            used_samples(self.algorithm, runner.phase, self.feed.train_size(client))
+            for client in ids
         ]
         epoch = self.feed.epoch(
             ids, round_, address, self.algorithm.held_out, runner.phase.held_out
         )
         # unused samples count as padding
-        return runner.run_epoch(
-            epoch if used_samples == list(epoch.sizes) else epoch.truncate(used_samples)
-        )
+        return runner.run_epoch(epoch if sizes == list(epoch.sizes) else epoch.truncate(sizes))

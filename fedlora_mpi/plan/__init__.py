@@ -10,26 +10,30 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 
-from ..aggregation.flat_layout import Layout, estimate_nbytes, joint_dtype
-from ..algorithm import Cohort, Variables
+from ..aggregation.flat_layout import estimate_nbytes, joint_dtype
+from ..aggregation.svd import right_vectors
+from ..algorithm import Variables
 from ..config import Config
 from ..core.scheduling import assign_groups
-from ..core.tree import Tree, nbytes, numel, tmap
+from ..core.tree import nbytes, numel, tmap
 from ..core.units import format_bytes, format_seconds
 from ..data.feed import Feed
-from ..federation.federation import ClientType, Run
+from ..federation.clients import ClientType
+from ..federation.federation import Federation, State
 from ..mpi.comm import Solo
-from ..run.assembly import Assembly, build, worker_ranks
+from ..run.assembly import Assembly, build
+from ..run.engine_choice import worker_ranks
 from ..run.fingerprint import recorded_inventory
 from .counted import gpu_capacity
 from .devices import BANDWIDTH, BANDWIDTH_SHARE, CONTEXT_BYTES, LATENCY, PEAK_SHARE, find_device
 from .forecast import Costs, Machine, Seconds, forecast
 from .roles import decomposition_lines, role_lines
-from .unit_costs import measure_costs
+from .unit_costs import measure_costs, untrained_aggregate
 
 _COLUMNS = 20  # approximate number of columns of the log
 # bytes of a log, and of a checkpoint's files, without the numbers in them
@@ -84,12 +88,13 @@ def estimate(
     machine = Machine(
         math.inf if gpus else cores, bandwidth or default_bandwidth, latency or default_latency
     )
-    run = assembly.run
+    federation, placement = assembly.federation, assembly.federation.placement
     clients: dict[int, list[int]] = {rank: [] for rank in workers}
-    for group, rank in zip(run.groups, assign_groups(run.costs, list(workers)), strict=True):
+    hosts = assign_groups(placement.costs, list(workers))
+    for group, rank in zip(placement.groups, hosts, strict=True):
         clients[rank] += group
     personal_bytes = {
-        rank: sum(nbytes(run.kinds[run.kind_of[c]].initial.personal) for c in rank_clients)
+        rank: sum(nbytes(federation.clients[c].initial.personal) for c in rank_clients)
         for rank, rank_clients in clients.items()
     }
     fullest_rank = max(personal_bytes, key=personal_bytes.__getitem__)
@@ -103,7 +108,7 @@ def estimate(
     memory = (
         costs.resident
         + held_bytes
-        + (16 if config.reduce == "exact" else 4) * run.upload_layout.size
+        + (16 if config.reduce == "exact" else 4) * federation.aggregator.terms.size
     )
     seconds = forecast(assembly, costs, list(workers), ranks, machine)
     return Estimate(
@@ -145,17 +150,18 @@ def storage_bytes(assembly: Assembly) -> int:
     """Bytes of the run folder: the log, the kept checkpoints and one that is being written. Each
     checkpoint has a copy of the log.
     """
-    config, run, split = assembly.config, assembly.run, assembly.split
-    initial_shared = run.kinds[0].initial.shared
-    personal = sum(nbytes(run.kinds[kind].initial.personal) for kind in run.kind_of)
+    config, federation, split = assembly.config, assembly.federation, assembly.split
+    clients = federation.clients
+    initial_shared = clients.types[0].initial.shared
+    personal = sum(nbytes(clients[c].initial.personal) for c in range(len(clients)))
     state = (
         _CHECKPOINT_BYTES
         + personal
         + nbytes(initial_shared)
-        + nbytes(run.algorithm.server(run.trainer.model, initial_shared))
+        + nbytes(federation.algorithm.server(clients.trainer.model, initial_shared))
     )
     samples = sum(map(len, (*split.train, *split.test)))
-    log = _LOG_BYTES + 8 * (samples + config.rounds * (_COLUMNS + 2 * len(run.weight_N)))
+    log = _LOG_BYTES + 8 * (samples + config.rounds * (_COLUMNS + 2 * len(clients)))
     log += len(json.dumps(recorded_inventory(assembly.inventory))) if assembly.inventory else 0
     copies = config.checkpoint.keep + 1
     return (
@@ -165,28 +171,29 @@ def storage_bytes(assembly: Assembly) -> int:
 
 def _size_lines(assembly: Assembly, ranks: int) -> list[tuple[str, str]]:
     """Lines on the networks, on shared and personal numbers, and on the traffic of a round."""
-    config, run = assembly.config, assembly.run
-    initial, clients, cohort = run.kinds[0].initial, len(run.weight_N), _cohort_size(run)
-    second_shared = _second_shared(run)
-    traffic = [_client_traffic(run, kind, second_shared) for kind in run.kinds]
-    up, down = zip(*(traffic[kind] for kind in run.kind_of), strict=True)
-    message, message_kind = run.number_bytes * run.upload_layout.size, "an allreduce"
-    if run.gather_uploads:
-        width = joint_dtype([layout.dtype for layout in run.layouts]).itemsize
-        message, message_kind = (
-            width * sum(run.layouts[kind].size for kind in run.kind_of) * cohort // clients,
-            "a gather",
-        )
-    personal_numel = [numel(run.kinds[kind].initial.personal) for kind in run.kind_of]
-    total, with_commas = (
-        sum(nbytes(run.kinds[kind].initial.personal) for kind in run.kind_of),
+    config, federation, clients = assembly.config, assembly.federation, assembly.federation.clients
+    initial, cohort = clients.types[0].initial, _cohort_size(federation)
+    second_state = _second_state(federation)
+    traffic = [_client_traffic(federation, t, second_state) for t in clients.types]
+    up, down = zip(*(traffic[number] for number in clients.type_of), strict=True)
+    aggregator = federation.aggregator
+    message, message_kind = aggregator.number_bytes * aggregator.terms.size, "an allreduce"
+    if aggregator.gathers:
+        layouts = [clients[c].upload_layout for c in range(len(clients))]
+        width = joint_dtype([layout.dtype for layout in layouts]).itemsize
+        message = width * sum(layout.size for layout in layouts) * cohort // len(clients)
+        message_kind = "a gather"
+    personal = [clients[c].initial.personal for c in range(len(clients))]
+    personal_numel, total, with_commas = (
+        [*map(numel, personal)],
+        sum(map(nbytes, personal)),
         "{:,}".format,
     )
     return [
         *(
             line
-            for n in sorted({kind.network for kind in run.kinds})
-            for line in _network_lines(run, n, config.model.mix[n].name)
+            for n in sorted({t.network for t in clients.types})
+            for line in _network_lines(federation, n, config.model.mix[n].name)
         ),
         (
             "shared",
@@ -200,8 +207,9 @@ def _size_lines(assembly: Assembly, ranks: int) -> list[tuple[str, str]]:
         ),
         (
             "round",
-            f"{cohort} of {clients} clients: {format_bytes(sum(up) * cohort // clients)} up, "
-            f"{format_bytes(sum(down) * cohort // clients)} down; "
+            f"{cohort} of {len(clients)} clients: {format_bytes(sum(up) * cohort // len(clients))} "
+            f"up, "
+            f"{format_bytes(sum(down) * cohort // len(clients))} down; "
             + (
                 f"{message_kind} of {format_bytes(message)} per rank"
                 if ranks > 1
@@ -211,72 +219,69 @@ def _size_lines(assembly: Assembly, ranks: int) -> list[tuple[str, str]]:
     ]
 
 
-def _cohort_size(run: Run) -> int:
-    """The number of clients in a round; approximate if the cohort size is random."""
-    return (
-        max(1, round(run.cohort_weight(frozenset())))
-        if run.privacy.samples_poisson
-        else len(run.sample_cohort(0))
-    )
+def _cohort_size(federation: Federation) -> int:
+    """How many clients a round has; where that is random, about."""
+    cohort = federation.cohorts.sample(0)
+    if cohort.expected_size is None:
+        return len(cohort.members)
+    return max(1, round(cohort.expected_size))
 
 
 def _privacy_lines(assembly: Assembly) -> list[tuple[str, str]]:
     """The differential privacy that all rounds together cost; none without it."""
-    run, block, rounds = assembly.run, assembly.config.privacy, assembly.config.rounds
+    cohorts = assembly.federation.cohorts
+    block, rounds = assembly.config.privacy, assembly.config.rounds
     if not block.is_differential:
         return []
     relation = (
         "one client more or less" if block.samples_poisson else "another client in the place of one"
     )
     epsilon_text = (
-        f"epsilon {run.epsilon(rounds):.3g} at delta {block.delta:g} after {rounds} rounds, for "
-        f"{relation}"
+        f"epsilon {cohorts.epsilon(rounds):.3g} at delta {block.delta:g} after {rounds} rounds, "
+        f"for {relation}"
     )
-    noise = block.noise_std / run.cohort_weight(run.sample_cohort(0))
+    noise = block.noise_std / cohorts.sample(0).weight
     return [
         ("privacy", f"{epsilon_text}; noise of deviation {noise:.2g} on each number of the mean")
     ]
 
 
-def _client_traffic(run: Run, kind: ClientType, second_shared: Tree) -> tuple[int, int]:
-    """The largest numbers of bytes that a client of this type sends and receives in a round.
+def _client_traffic(
+    federation: Federation, client_type: ClientType, second_state: State
+) -> tuple[int, int]:
+    """The most bytes that such a client sends and receives in a round.
 
-    second_shared: see ``_second_shared``.
+    second_state: see ``_second_state``.
     """
 
     def ones_like(tree):
-        return tmap(torch.ones_like, tree)  # for a method that sends per class: all classes
+        return tmap(torch.ones_like, tree)  # of a method that sends by class: all classes
 
-    all_ones, initial_shared = (
-        Variables(*map(ones_like, kind.local_initial[:2])),
-        kind.initial.shared,
-    )
-    upload_numel = max(
-        int(kind.algorithm.upload_numel(variables, variables))
-        for variables in (kind.local_initial, all_ones)
-    )
-    up = estimate_nbytes(upload_numel, [Layout.of(kind.untrained_upload)])
+    initial, local_initial = client_type.initial, client_type.local_initial
+    all_ones = Variables(*map(ones_like, local_initial[:2]))
+    layout, numels = client_type.upload_layout, []
+    for v in (local_initial, all_ones):
+        numel_sent = client_type.algorithm.upload(v, v, 0).numel
+        numels.append(layout.size if numel_sent is None else int(numel_sent))
+    up = estimate_nbytes(max(numels), [layout])
+    server = federation.algorithm.server(federation.clients.trainer.model, initial.shared)
     down = max(
-        kind.download_nbytes(shared)
-        for shared in (initial_shared, ones_like(initial_shared), second_shared)
+        client_type.download_nbytes(server, initial.shared, 0),
+        client_type.download_nbytes(ones_like(server), ones_like(initial.shared), 0),
+        client_type.download_nbytes(second_state.server, second_state.shared, 1),
     )
-    return (up + run.mixing.bytes_up, down + run.mixing.bytes_down) if run.mixing else (up, down)
+    mixing = federation.aggregator.mixing
+    return (up + mixing.bytes_up, down + mixing.bytes_down) if mixing else (up, down)
 
 
-def _second_shared(run: Run) -> Tree:
-    """The shared variables before round 2 if all clients of the cohort upload untrained variables,
-    with equal weights.
-    """
-    shared, kinds = (
-        run.kinds[0].initial.shared,
-        [run.kind_of[client] for client in run.sample_cohort(0) or (0,)],
+def _second_state(federation: Federation) -> State:
+    """The state before round 2 if all of a cohort, clients of equal weight, came back untrained."""
+    shared = federation.clients.types[0].initial.shared
+    server = federation.algorithm.server(federation.clients.trainer.model, shared)
+    update = federation.algorithm.server_update(
+        server, shared, untrained_aggregate(federation), partial(right_vectors, Solo())
     )
-    terms = {kind: run.kinds[kind].untrained_term for kind in set(kinds)}
-    mean = tmap(lambda *leaves: sum(leaves) / len(leaves), *(terms[kind] for kind in kinds))
-    cohort = Cohort(len(kinds) / len(run.weight_N), len(kinds))
-    return run.algorithm.server_update(
-        run.algorithm.server(run.trainer.model, shared), shared, mean, cohort
-    )[1]
+    return State(1, update.server, update.shared, {})
 
 
 def _range_text(numbers: Sequence[int], format_number: Callable[[int], str]) -> str:
@@ -287,24 +292,22 @@ def _range_text(numbers: Sequence[int], format_number: Callable[[int], str]) -> 
     )
 
 
-def _network_lines(run: Run, number: int, name: str) -> list[tuple[str, str]]:
-    """Lines on a network: its size, and the role of each part in the method."""
-    kind_numbers = [k for k, kind in enumerate(run.kinds) if kind.network == number]
-    model = run.kinds[kind_numbers[0]].trainer.model
+def _network_lines(federation: Federation, number: int, name: str) -> list[tuple[str, str]]:
+    """What is known of a network, and what its parts are to the method."""
+    clients, full = federation.clients, getattr(federation.algorithm, "full", ())
+    model = next(t.trainer.model for t in clients.types if t.network == number)
     return [
-        ("model", _model_text(run, number, name)),
+        ("model", _model_text(federation, number, name)),
         *role_lines(model),
-        *decomposition_lines(model, run.algorithm),
+        *decomposition_lines(model, clients.low_rank(number), full),
     ]
 
 
-def _model_text(run: Run, number: int, name: str) -> str:
-    """The size of a network, its FLOPs, and how many clients have it."""
-    kind_numbers = [k for k, kind in enumerate(run.kinds) if kind.network == number]
-    model, clients = (
-        run.kinds[kind_numbers[0]].trainer.model,
-        sum(kind in kind_numbers for kind in run.kind_of),
-    )
+def _model_text(federation: Federation, number: int, name: str) -> str:
+    """The size of a network."""
+    everybody = [federation.clients[c] for c in range(len(federation.clients))]
+    with_network = [t for t in everybody if t.network == number]
+    model = with_network[0].trainer.model
     statistics = sum(v.numel() for n, v in model.initial.items() if model.role(n) == "stats")
     frozen = numel(model.all_values) - numel(model.initial)
     return (
@@ -312,21 +315,23 @@ def _model_text(run: Run, number: int, name: str) -> str:
         + (f"{frozen:,} frozen ones, " if frozen else "")
         + f"{statistics:,} running statistics, "
         f"{model.flops / 1e6:.1f} MFLOP forward per sample"
-        + (f"; {clients} clients" if clients < len(run.kind_of) else "")
+        + (f"; {len(with_network)} clients" if len(with_network) < len(everybody) else "")
     )
 
 
 def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tuple[str, str]]:
     """Lines on the engine, memory, disk and time."""
-    config, run, seconds = estimated.assembly.config, estimated.assembly.run, estimated.seconds
+    config, seconds = estimated.assembly.config, estimated.seconds
+    federation = estimated.assembly.federation
+    groups = federation.placement.groups
     stage_names = ("train", "exchange", "evaluate", "files")
     stages = ", ".join(f"{name} {format_seconds(getattr(seconds, name))}" for name in stage_names)
     lines = [
         (
             "engine",
             f"{config.engine.path} on "
-            f"{gpus if gpus not in (None, 'none') else config.engine.device}, {len(run.groups)} "
-            f"groups of up to {max(map(len, run.groups))}, {workers} workers, "
+            f"{gpus if gpus not in (None, 'none') else config.engine.device}, {len(groups)} "
+            f"groups of up to {max(map(len, groups))}, {workers} workers, "
             f"{seconds.busy_fraction:.0%} balanced",
         ),
         (
@@ -340,7 +345,10 @@ def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tup
         gpu, group_size = find_device(gpus), config.engine.group_size
         assert gpu is not None and isinstance(group_size, int)
         worker_bytes, ranks, clients = gpu_capacity(
-            gpu, cast(Feed, run.trainer.feed).nbytes, estimated.client_bytes, group_size
+            gpu,
+            cast(Feed, federation.clients.trainer.feed).nbytes,
+            estimated.client_bytes,
+            group_size,
         )
         lines.append(
             (

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from ..core.tree import Tree, nbytes
 from ..engine.speed import TruncatedFeed
 from ..engine.train import Trainer
-from ..federation.federation import ClientType
+from ..federation.clients import ClientType
 from .devices import BANDWIDTH_SHARE, CONTEXT_BYTES, PEAK_SHARE, Device
 from .line import CostLine, sample_limits
 
@@ -57,18 +57,18 @@ class GpuCosts(NamedTuple):
 
 
 def count_gpu_costs(
-    kind: ClientType, client: int, batch_size: int, device: Device, precision: str
+    client_type: ClientType, client: int, batch_size: int, device: Device, precision: str
 ) -> GpuCosts:
     """The costs of a client type on ``device``.
 
     client: a client of this type, whose operations are counted. batch_size: that of the run.
     """
-    trainer = kind.trainer
+    trainer = client_type.trainer
     feed, settings = (
         TruncatedFeed(trainer.feed, 1),
         replace(trainer.settings, batch_size=_BATCH_SIZE),
     )
-    v, samples = kind.initial, trainer.feed.train_size(client)
+    v, samples = client_type.initial, trainer.feed.train_size(client)
     trainer = replace(trainer, feed=feed, settings=settings, stacked=False, step_compiler=None)
     rows = {name: value[None] for name, value in v.personal.items()}
 

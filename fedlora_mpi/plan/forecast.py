@@ -9,8 +9,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ..core.scheduling import assign_groups
-from ..core.tree import nbytes, numel
-from ..federation.federation import Run
+from ..core.tree import nbytes
+from ..federation.clients import Clients
+from ..federation.cohorts import Cohort
+from ..federation.federation import Federation
 from ..run.assembly import Assembly
 
 _ROUNDS = 16  # cohorts sampled to estimate the slowest worker when participation is below 1
@@ -78,8 +80,8 @@ def forecast(
     """The seconds of a round of the first task. They are a mean over the first rounds; in each
     round the slowest rank counts.
     """
-    run, config = assembly.run.for_round(0), assembly.config
-    host = assign_groups(run.costs, workers)
+    federation, config = assembly.federation, assembly.config
+    host = assign_groups(federation.placement.costs, workers)
     worker_slowdown = max(1.0, len(workers) * config.engine.threads / machine.cores)
     rank_slowdown = max(1.0, ranks * config.engine.threads / machine.cores)
     task_rounds = config.data.tasks.rounds if config.data.tasks else config.rounds
@@ -87,23 +89,28 @@ def forecast(
     evaluated_fraction = 1 / config.evaluate.every
     train_seconds, busy_fractions, exchange_seconds, evaluate_seconds = [], [], [], []
     for round_ in range(rounds):
-        chosen = run.sample_cohort(round_)
-        loads = _training_loads(assembly, run, costs, chosen, host, workers, evaluated_fraction)
+        cohort = federation.cohorts.sample(round_)
+        loads = _training_loads(assembly, costs, cohort, host, workers, evaluated_fraction)
         train_seconds.append(costs.begin + max(loads))
-        evaluated_clients = chosen if run.evaluate_cohort_only else range(len(run.sizes))
+        everybody = range(len(cohort.clients))
+        evaluated_clients = cohort.members if federation.evaluate_cohort_only else everybody
         evaluate_seconds.append(
-            max(_evaluation_loads(assembly, run, costs, evaluated_clients, host, workers))
+            max(_evaluation_loads(assembly, costs, evaluated_clients, host, workers))
         )
         busy_fractions.append(sum(loads) / (len(loads) * max(max(loads), 1e-12)))
         exchange_seconds.append(
-            _exchange_seconds(run, costs, chosen, ranks, len(workers), machine, rank_slowdown)
+            _exchange_seconds(
+                federation, costs, cohort, ranks, len(workers), machine, rank_slowdown
+            )
         )
 
     def mean(values):
         return float(np.mean(values))
 
     evaluate = mean(evaluate_seconds) * worker_slowdown * evaluated_fraction
-    files = costs.log + _checkpoint_seconds(run, costs, host, workers) / config.checkpoint.every
+    files = (
+        costs.log + _checkpoint_seconds(federation, costs, host, workers) / config.checkpoint.every
+    )
     return Seconds(
         mean(train_seconds) * worker_slowdown,
         mean(exchange_seconds),
@@ -136,9 +143,8 @@ def allgather(bytes_: float, ranks: int, machine: Machine) -> float:
 
 def _training_loads(
     assembly: Assembly,
-    run: Run,
     costs: Costs,
-    chosen: frozenset[int],
+    cohort: Cohort,
     host: Sequence[int],
     workers: Sequence[int],
     evaluated_fraction: float,
@@ -147,20 +153,18 @@ def _training_loads(
     trained clients.
     """
     load, batch_size = dict.fromkeys(workers, 0.0), assembly.config.train.batch_size
-    for group, rank in zip(run.groups, host, strict=True):
-        unit, stacks = (
-            costs.units[run.kind_of[group[0]]],
-            _stacks(run, [c for c in group if c in chosen]),
-        )
-        for stack in stacks:
-            load[rank] += unit.train.cost([run.sizes[c] for c in stack], batch_size)
+    federation, clients = assembly.federation, cohort.clients
+    for group, rank in zip(federation.placement.groups, host, strict=True):
+        unit = costs.units[clients.type_of[group[0]]]
+        members = [c for c in group if c in cohort.members]
+        for stack in _stacks(federation, clients, members):
+            load[rank] += unit.train.cost([clients.sizes[c] for c in stack], batch_size)
             load[rank] += evaluated_fraction * _score_seconds(assembly, unit, stack)
     return list(load.values())
 
 
 def _evaluation_loads(
     assembly: Assembly,
-    run: Run,
     costs: Costs,
     evaluated_clients: Collection[int],
     host: Sequence[int],
@@ -168,11 +172,13 @@ def _evaluation_loads(
 ) -> list[float]:
     """Seconds that each worker needs to evaluate its part of ``evaluated_clients``."""
     load, batch_size = dict.fromkeys(workers, 0.0), assembly.config.train.batch_size
-    for group, rank in zip(run.groups, host, strict=True):
-        unit = costs.units[run.kind_of[group[0]]]
-        for stack in _stacks(run, [c for c in group if c in evaluated_clients]):
+    federation, clients = assembly.federation, assembly.federation.cohorts.clients(0)
+    for group, rank in zip(federation.placement.groups, host, strict=True):
+        unit = costs.units[clients.type_of[group[0]]]
+        members = [c for c in group if c in evaluated_clients]
+        for stack in _stacks(federation, clients, members):
             load[rank] += unit.tune.cost(
-                [run.sizes[c] for c in stack], batch_size
+                [clients.sizes[c] for c in stack], batch_size
             ) + _score_seconds(assembly, unit, stack)
     return list(load.values())
 
@@ -182,16 +188,20 @@ def _score_seconds(assembly: Assembly, unit: UnitCosts, stack: Sequence[int]) ->
     return unit.score.cost(tests, max(tests))
 
 
-def _stacks(run: Run, clients: Sequence[int]) -> list[list[int]]:
-    """The clients in stacks that are computed at once."""
-    stacks = run.split_into_stacks(clients) if clients else []
-    return [list(s) for s in stacks] if run.trainer.stacked else [[c] for s in stacks for c in s]
+def _stacks(federation: Federation, clients: Clients, members: Sequence[int]) -> list[list[int]]:
+    """``members`` of a group in stacks that are computed at once."""
+    if not members:
+        return []
+    stacks = federation.placement.split_into_stacks(members, clients)
+    if clients.trainer.stacked:
+        return [list(stack) for stack in stacks]
+    return [[c] for stack in stacks for c in stack]
 
 
 def _exchange_seconds(
-    run: Run,
+    federation: Federation,
     costs: Costs,
-    chosen: frozenset[int],
+    cohort: Cohort,
     ranks: int,
     workers: int,
     machine: Machine,
@@ -200,40 +210,40 @@ def _exchange_seconds(
     """Seconds between the end of the last training and the evaluation."""
     seconds, has_peers = costs.close * slowdown, ranks > 1
     seconds += costs.vectors * (slowdown / ranks if has_peers else 1.0)
-    if run.gather_uploads and has_peers:
-        upload_bytes = 4 * sum(numel(run.kinds[run.kind_of[c]].untrained_upload) for c in chosen)
+    aggregator, clients = federation.aggregator, cohort.clients
+    if aggregator.gathers and has_peers:
+        upload_bytes = 4 * sum(clients[c].upload_layout.size for c in cohort.members)
         # on the server, which is assumed to host none of these clients
-        add_seconds = sum(costs.units[run.kind_of[c]].add for c in chosen)
+        add_seconds = sum(costs.units[clients.type_of[c]].add for c in cohort.members)
         seconds += allgather(upload_bytes, ranks, machine) + add_seconds * slowdown
     elif has_peers:
-        message = run.number_bytes * run.upload_layout.size
+        message = aggregator.number_bytes * aggregator.terms.size
         seconds += (
             allreduce(message, ranks, machine)
             + (ranks - 1) / ranks * message * costs.add_byte * slowdown
         )
-    if run.mixing:
+    if mixing := aggregator.mixing:
         per_client, per_pair = costs.mix
-        clients = len(chosen)
-        seconds += (per_client * clients + per_pair * clients**2) / (
-            workers if len(run.mixing.owners) > 1 else 1
+        members = len(cohort.members)
+        seconds += (per_client * members + per_pair * members**2) / (
+            workers if len(mixing.owners) > 1 else 1
         )
-        seconds += allgather(run.mixing.bytes_mpi(clients, ranks), ranks, machine)
+        seconds += allgather(mixing.bytes_mpi(members, ranks), ranks, machine)
     return seconds
 
 
 def _checkpoint_seconds(
-    run: Run, costs: Costs, host: Sequence[int], workers: Sequence[int]
+    federation: Federation, costs: Costs, host: Sequence[int], workers: Sequence[int]
 ) -> float:
     """Seconds of a checkpoint. All workers write their clients at the same time, one file per
     client type; then rank 0 writes the rest.
     """
     personal_bytes, files = dict.fromkeys(workers, 0), set()
-    for group, rank in zip(run.groups, host, strict=True):
-        files |= {(rank, run.kind_of[c]) for c in group}
-        personal_bytes[rank] += sum(
-            nbytes(run.kinds[run.kind_of[c]].initial.personal) for c in group
-        )
-    shared = nbytes(run.kinds[0].initial.shared)
+    clients = federation.clients
+    for group, rank in zip(federation.placement.groups, host, strict=True):
+        files |= {(rank, clients.type_of[c]) for c in group}
+        personal_bytes[rank] += sum(nbytes(clients[c].initial.personal) for c in group)
+    shared = nbytes(clients.types[0].initial.shared)
     return (
         costs.checkpoint
         + costs.file * len(files)

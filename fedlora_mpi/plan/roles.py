@@ -3,9 +3,8 @@ low-rank part.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
-from ..algorithm import Algorithm
 from ..components.lowrank import matrix_shape, skipped_weights
 from ..models.network import Model
 
@@ -23,11 +22,12 @@ def role_lines(model: Model) -> list[tuple[str, str]]:
     return lines
 
 
-def decomposition_lines(model: Model, algorithm: Algorithm) -> list[tuple[str, str]]:
+def decomposition_lines(
+    model: Model, low_rank: Mapping[str, int], full: Collection[str]
+) -> list[tuple[str, str]]:
     """Lines on the weights with a low-rank part, with rank and matrix, and on the other weights of
-    at least two dimensions, with the reason.
+    at least two dimensions, with the reason. full: roles that the method trains as they are.
     """
-    low_rank = algorithm.low_rank(model)
     if not low_rank:
         return []
     with_rank = [
@@ -35,8 +35,7 @@ def decomposition_lines(model: Model, algorithm: Algorithm) -> list[tuple[str, s
     ]
     lines = [("low-rank", f"{len(with_rank)} weights, rank of matrix: {', '.join(with_rank)}")]
     without_rank = [
-        f"{name} ({reason})"
-        for name, reason in skipped_weights(model, low_rank, getattr(algorithm, "full", ())).items()
+        f"{name} ({reason})" for name, reason in skipped_weights(model, low_rank, full).items()
     ]
     return lines + (
         [("no rank", f"{len(without_rank)} weights: {', '.join(without_rank)}")]

@@ -14,15 +14,21 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 import numpy as np
+from torch import Tensor
 
 from ..aggregation.client_mix import PackedMix
 from ..aggregation.exact_sum import SUM_TYPES
 from ..aggregation.svd import right_vectors
+from ..algorithm import Aggregate, Term, Upload
 from ..core.paths import expand_home
+from ..core.tree import Tree, tmap
 from ..engine.speed import TruncatedFeed
-from ..federation.federation import Run, State
+from ..federation.client_store import ClientStore
+from ..federation.clients import Clients
+from ..federation.federation import Federation, State
 from ..federation.round import run_round
 from ..mpi.comm import Solo
 from ..run.assembly import Assembly
@@ -48,20 +54,21 @@ def measure_costs(
     With ``gpu``, operations are counted, not measured; without it the bytes are 0. Training is
     measured while ``busy_processes`` other processes train here.
     """
-    run, client_bytes = assembly.run.for_round(0), 0.0
+    federation, client_bytes = assembly.federation, 0.0
+    clients = federation.cohorts.clients(0)
     trials = {
-        kind: _Trial(assembly, run, kind, is_tiny=gpu is not None)
-        for kind in sorted(set(run.kind_of))
+        number: _Trial(assembly, number, is_tiny=gpu is not None)
+        for number in range(len(clients.types))
     }
-    units = {kind: trial.measure_unit(busy_processes) for kind, trial in trials.items()}
+    units = {number: trial.measure_unit(busy_processes) for number, trial in trials.items()}
     if gpu:
-        for kind, trial in trials.items():
+        for number, trial in trials.items():
             settings, precision = assembly.config.train, assembly.config.engine.precision
             gpu_costs = count_gpu_costs(
-                run.kinds[kind], trial.client, settings.batch_size, gpu, precision
+                clients.types[number], trial.client, settings.batch_size, gpu, precision
             )
-            units[kind] = UnitCosts(
-                gpu_costs.train, gpu_costs.tune, gpu_costs.score, units[kind].add
+            units[number] = UnitCosts(
+                gpu_costs.train, gpu_costs.tune, gpu_costs.score, units[number].add
             )
             client_bytes = max(client_bytes, gpu_costs.client_bytes)
     begin, close = (
@@ -70,9 +77,9 @@ def measure_costs(
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     first_trial = next(iter(trials.values()))
     mix, trial_mix_seconds = first_trial.measure_mix()
-    matrices = run.algorithm.decomposed(run.kinds[0].initial.shared)
+    matrices = _decomposed_matrices(federation)
     vectors = _median_seconds(lambda: right_vectors(Solo(), matrices)) if matrices else 0.0
-    ones = np.ones(min(max(run.upload_layout.size, 2**16), 2**21), np.int64)
+    ones = np.ones(min(max(federation.aggregator.terms.size, 2**16), 2**21), np.int64)
     add_byte = _median_seconds(lambda: np.add(ones, ones)) / ones.nbytes
     close = max(0.0, close - trial_mix_seconds - vectors)
     return Costs(
@@ -87,80 +94,120 @@ def measure_costs(
     ), client_bytes
 
 
-class _Trial:
-    """Measured rounds of one stack of a client type; keeps their times by the number of samples
-    used.
+def untrained_aggregate(federation: Federation) -> Aggregate:
+    """What the server would receive in round 0 if all of a cohort, clients of equal weight, came
+    back untrained.
     """
+    cohort = federation.cohorts.sample(0)
+    clients = federation.clients
+    terms = [clients[client].untrained_term for client in cohort.members or (0,)]
 
-    def __init__(self, assembly: Assembly, run: Run, kind_number: int, is_tiny: bool) -> None:
-        self._config, self._run, self._kind, self._kind_number = (
-            assembly.config,
-            run,
-            run.kinds[kind_number],
-            kind_number,
-        )
+    def total(*leaves: Tensor) -> Tensor:
+        return cast(Tensor, sum(leaves))
+
+    def times_weights(term: Term) -> Tree:
+        return {n: v * term.weights.get(n, 1) for n, v in term.mean.items()}
+
+    weights = tmap(total, *(term.weights for term in terms))
+    means = tmap(total, *map(times_weights, terms))
+    mean = {n: v / weights.get(n, len(terms)) for n, v in means.items()}
+    return Aggregate(
+        mean,
+        tmap(total, *(term.sum for term in terms)),
+        {n: v / len(terms) for n, v in tmap(total, *(term.metrics for term in terms)).items()},
+        round=0,
+        clients=len(terms),
+        share=len(terms) / len(clients),
+        weight=len(terms),
+    )
+
+
+def _decomposed_matrices(federation: Federation) -> dict[str, tuple[Tensor, int]]:
+    """The matrices that the server decomposes in a round."""
+    decomposed: dict[str, tuple[Tensor, int]] = {}
+
+    def svd(matrices: dict[str, tuple[Tensor, int]]) -> Tree:
+        decomposed.update(matrices)
+        return right_vectors(Solo(), matrices)
+
+    shared = federation.clients.types[0].initial.shared
+    server = federation.algorithm.server(federation.clients.trainer.model, shared)
+    federation.algorithm.server_update(server, shared, untrained_aggregate(federation), svd)
+    return decomposed
+
+
+class _Trial:
+    """Rounds of one stack of a type of client; their durations by number of samples used."""
+
+    def __init__(self, assembly: Assembly, number: int, is_tiny: bool) -> None:
+        self._config, self._federation = assembly.config, assembly.federation
+        self._clients, self._number = self._federation.cohorts.clients(0), number
+        self._type = self._clients.types[number]
+        placement, sizes = self._federation.placement, self._clients.sizes
         self.group = next(
             g
-            for g in run.groups
-            if run.kind_of[g[0]] == kind_number and any(run.sizes[c] for c in g)
+            for g in placement.groups
+            if self._clients.type_of[g[0]] == number and any(sizes[c] for c in g)
         )
-        stack = run.split_into_stacks([c for c in self.group if run.sizes[c]])[0]
-        use_full_stack = self._kind.trainer.stacked and not is_tiny
+        with_data = [c for c in self.group if sizes[c]]
+        stack = placement.split_into_stacks(with_data, self._clients)[0]
+        use_full_stack = self._type.trainer.stacked and not is_tiny
         # a loop costs the same per client, so one client is enough
         self._stack = tuple(stack if use_full_stack else stack[:1])
         self.client, self._is_tiny = stack[0], is_tiny  # tiny: one sample per client is enough
-        self._feed = TruncatedFeed(self._kind.trainer.feed, 1)
-        self._one_stack_run = self._run_of_stacks((self._stack,))
+        self._feed = TruncatedFeed(self._type.trainer.feed, 1)
+        self._one_stack = self._only_stacks((self._stack,))
         self._stage_seconds: dict[tuple, list[tuple[float, ...]]] = {}
 
     def measure_unit(self, busy_processes: int) -> UnitCosts:
         """Return the unit costs of the client type, measured while ``busy_processes`` other
         processes train.
         """
-        sizes, batch_size = [self._run.sizes[c] for c in self._stack], self._config.train.batch_size
+        sizes, batch_size = (
+            [self._clients.sizes[c] for c in self._stack],
+            self._config.train.batch_size,
+        )
         sample_sizes = (1, 1, 1) if self._is_tiny else sample_limits(max(sizes), batch_size)
-        two_stack_run, half_stack_run = self._two_stack_run(), self._half_stack_run()
+        two_stacks, half_stack = self._two_stacks(), self._half_stack()
         trials = [
-            (limit, evaluate, self._one_stack_run)
+            (limit, evaluate, self._one_stack)
             for limit in sorted(set(sample_sizes))
             for evaluate in (False, True)
         ]
-        trials += [(sample_sizes[0], False, two_stack_run)] if two_stack_run else []
+        trials += [(sample_sizes[0], False, two_stacks)] if two_stacks else []
         trials += [
-            (limit, False, half_stack_run)
-            for limit in sorted(set(sample_sizes[1:]))
-            if half_stack_run
+            (limit, False, half_stack) for limit in sorted(set(sample_sizes[1:])) if half_stack
         ]
         with _run_beside(
             busy_processes,
-            lambda: self._run_round(sample_sizes[1], False, self._one_stack_run, keep=False),
+            lambda: self._run_round(sample_sizes[1], False, self._one_stack, keep=False),
         ):
             started, rounds = time.perf_counter(), 0
             while rounds < 3 or (
                 rounds < _MAX_REPEATS and time.perf_counter() - started < _SECONDS
             ):
-                for limit, judged, run in trials:
-                    self._run_round(limit, judged, run, keep=rounds > 0)
+                for limit, judged, federation in trials:
+                    self._run_round(limit, judged, federation, keep=rounds > 0)
                 rounds += 1
                 if rounds > 1 and time.perf_counter() - started > 4 * _SECONDS:
                     break
         stack_size, max_samples = len(self._stack), max(sizes)
 
         def train_seconds(limit):
-            return self._median_stage(limit, False, self._one_stack_run, 0)
+            return self._median_stage(limit, False, self._one_stack, 0)
 
         max_samples = 1 if self._is_tiny else max_samples
         line = CostLine.through(train_seconds, stack_size, max_samples, batch_size)
-        if half_stack_run:
+        if half_stack:
             line = line.with_client_cost(
-                lambda limit: self._median_stage(limit, False, half_stack_run, 0),
+                lambda limit: self._median_stage(limit, False, half_stack, 0),
                 stack_size // 2,
                 stack_size,
                 max_samples,
                 batch_size,
             )
-        self.begin = self._begin_seconds(line, sample_sizes[0], two_stack_run)
-        self.close = self._median_stage(sample_sizes[0], False, self._one_stack_run, 1)
+        self.begin = self._begin_seconds(line, sample_sizes[0], two_stacks)
+        self.close = self._median_stage(sample_sizes[0], False, self._one_stack, 1)
         score, tune = self._evaluation_costs(sample_sizes, stack_size, max_samples)
         return UnitCosts(
             line._replace(per_round=max(0.0, line.per_round - self.begin)),
@@ -173,13 +220,13 @@ class _Trial:
         """Return the seconds of a mix per client and per pair, and the seconds of the mix that the
         measured rounds contain.
         """
-        if self._run.mixing is None:
+        if self._federation.aggregator.mixing is None:
             return (0.0, 0.0), 0.0
-        mixing, algorithm, v = self._run.mixing, self._run.algorithm, self._kind.local_initial
-        offer = algorithm.offer(v, v)
+        mixing, algorithm = self._federation.aggregator.mixing, self._federation.algorithm
+        offer = self._type.untrained_upload.mix
         assert offer is not None  # the method mixes
         packed = mixing.pack(offer)
-        clients = sorted(range(len(self._run.sizes)), key=lambda c: -self._run.sizes[c])
+        clients = sorted(range(len(self._clients.sizes)), key=lambda c: -self._clients.sizes[c])
         client_counts = [n for n in (2, 4, 8) if n <= len(clients)]
 
         def mix_seconds(n: int) -> float:
@@ -195,21 +242,22 @@ class _Trial:
         c = len(self._stack)
         return (each, pair), each * c + pair * c * c if c > 1 else 0.0
 
-    def _run_round(self, limit: int, evaluate: bool, run: Run, keep: bool) -> None:
+    def _run_round(self, limit: int, evaluate: bool, federation: Federation, keep: bool) -> None:
         """Run one round. If ``keep``, store its seconds of training, exchange and evaluation,
         without the time in which other programs had the core.
         """
         self._feed.limit = limit
-        initial, clients = self._kind.initial, [c for group in run.groups for c in group]
+        initial = self._type.initial
+        clients = [c for group in federation.placement.groups for c in group]
         rows = {
-            self._kind.prefix + n: v.expand(len(clients), *v.shape).clone()
+            self._type.prefix + n: v.expand(len(clients), *v.shape).clone()
             for n, v in initial.personal.items()
         }
-        device = self._kind.trainer.device
+        device = self._type.trainer.device
         shared = {n: v.to(device) for n, v in initial.shared.items()}
-        state = State(0, run.algorithm.server(run.trainer.model, shared), shared, rows)
+        state = State(0, self._server(shared), shared, rows)
         wall, cpu = time.perf_counter(), time.process_time()
-        _, row, clients_N = run_round(run, state, evaluate, False)
+        _, row, clients_N = run_round(federation, state, evaluate, False)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         row = {name: value for name, value in row.items() if name not in _LIST_COLUMNS}
         self.row = row, clients_N
@@ -223,59 +271,64 @@ class _Trial:
                 cpu_share * float(row[f"seconds_{stage}"])
                 for stage in ("train", "exchange", "evaluate")
             )
-            self._stage_seconds.setdefault((limit, evaluate, id(run)), []).append(seconds)
+            self._stage_seconds.setdefault((limit, evaluate, id(federation)), []).append(seconds)
 
-    def _median_stage(self, limit: int, evaluate: bool, run: Run, stage: int) -> float:
-        return median(seconds[stage] for seconds in self._stage_seconds[limit, evaluate, id(run)])
+    def _median_stage(
+        self, limit: int, evaluate: bool, federation: Federation, stage: int
+    ) -> float:
+        return median(
+            seconds[stage] for seconds in self._stage_seconds[limit, evaluate, id(federation)]
+        )
 
-    def _begin_seconds(self, line: CostLine, limit: int, two_stack_run: Run | None) -> float:
+    def _begin_seconds(self, line: CostLine, limit: int, two_stacks: Federation | None) -> float:
         """Seconds that a round needs before its first stack. Two stacks need them only once, so
         they are twice the time of one stack minus the time of two.
         """
-        if two_stack_run is None:
+        if two_stacks is None:
             return 0.0
         one_stack_seconds, two_stack_seconds = (
-            self._median_stage(limit, False, run, 0) for run in (self._one_stack_run, two_stack_run)
+            self._median_stage(limit, False, federation, 0)
+            for federation in (self._one_stack, two_stacks)
         )
         return min(line.per_round, max(0.0, 2 * one_stack_seconds - two_stack_seconds))
 
-    def _two_stack_run(self) -> Run | None:
+    def _two_stacks(self) -> Federation | None:
         """A run of two stacks of equal length; None if there are too few clients."""
         same_kind = [
             c
-            for c in range(len(self._run.sizes))
-            if self._run.kind_of[c] == self._kind_number and self._run.sizes[c]
+            for c in range(len(self._clients.sizes))
+            if self._clients.type_of[c] == self._number and self._clients.sizes[c]
         ]
         other_clients = [c for c in same_kind if c not in self._stack][: len(self._stack)]
         return (
-            self._run_of_stacks((self._stack, tuple(other_clients)))
+            self._only_stacks((self._stack, tuple(other_clients)))
             if len(other_clients) == len(self._stack)
             else None
         )
 
-    def _half_stack_run(self) -> Run | None:
+    def _half_stack(self) -> Federation | None:
         """A run of the half of the stack with the larger clients; None if all clients have equally
         many samples.
         """
-        ragged = len({self._run.sizes[c] for c in self._stack}) > 1
-        return self._run_of_stacks((self._stack[: len(self._stack) // 2],)) if ragged else None
+        ragged = len({self._clients.sizes[c] for c in self._stack}) > 1
+        return self._only_stacks((self._stack[: len(self._stack) // 2],)) if ragged else None
 
     def _evaluation_costs(
         self, sample_sizes: tuple[int, int, int], stack_size: int, max_samples: int
     ) -> tuple[CostLine, CostLine]:
         """Return (cost of test samples, cost of tuning before an evaluation)."""
-        feed, batch_size = self._kind.trainer.feed, self._config.train.batch_size
+        feed, batch_size = self._type.trainer.feed, self._config.train.batch_size
         tests = max(1, sum(feed.test_size(c) for c in self._stack))
 
         def evaluate_seconds(limit):
-            return self._median_stage(limit, True, self._one_stack_run, 2)
+            return self._median_stage(limit, True, self._one_stack, 2)
 
-        if not self._kind.algorithm.personalize(self._kind.trainer.model, self._config.train, 0):
+        if not self._type.algorithm.personalize(self._type.trainer.model, self._config.train, 0):
             return CostLine(0.0, 0.0, self._score_seconds()), CostLine(0.0, 0.0, 0.0)
         score_seconds = max(
             0.0,
-            self._median_stage(sample_sizes[0], True, self._one_stack_run, 0)
-            - self._median_stage(sample_sizes[0], False, self._one_stack_run, 0),
+            self._median_stage(sample_sizes[0], True, self._one_stack, 0)
+            - self._median_stage(sample_sizes[0], False, self._one_stack, 0),
         )
         line = CostLine.through(evaluate_seconds, stack_size, max_samples, batch_size)
         score_seconds = min(score_seconds, line.per_round)
@@ -285,51 +338,67 @@ class _Trial:
 
     def _score_seconds(self) -> float:
         """Seconds of a test sample when as many clients as possible are evaluated at once."""
-        kind, group = self._kind, self.group
-        members = self._run.split_into_stacks(group, kind.trainer.evaluation_stack_size(group, 0))[
-            0
-        ]
-        rows = {n: v.expand(len(members), *v.shape) for n, v in kind.initial.personal.items()}
-        tests = max(1, sum(kind.trainer.feed.test_size(c) for c in members))
+        client_type, group = self._type, self.group
+        members = self._federation.placement.split_into_stacks(
+            group, self._clients, client_type.trainer.evaluation_stack_size(group, 0)
+        )[0]
+        rows = {
+            n: v.expand(len(members), *v.shape) for n, v in client_type.initial.personal.items()
+        }
+        tests = max(1, sum(client_type.trainer.feed.test_size(c) for c in members))
         return (
-            _median_seconds(lambda: kind.trainer.evaluate(members, kind.initial.shared, rows))
+            _median_seconds(
+                lambda: client_type.trainer.evaluate(members, client_type.initial.shared, rows)
+            )
             / tests
         )
 
     def _add_seconds(self) -> float:
         """Seconds to expand, pack and add up one client's upload."""
-        run, kind = self._run, self._kind
-        upload, message = kind.untrained_upload, SUM_TYPES[run.reduce](run.upload_layout.size)
+        aggregator, initial = self._federation.aggregator, self._type.initial
+        upload, expand = self._type.untrained_upload, self._type.transport.expand
+        travelling = Upload(upload.mean, upload.sum)
+        message = SUM_TYPES[aggregator.reduce](aggregator.terms.size)
         return _median_seconds(
-            lambda: message.add(
-                run.upload_layout.pack(kind.algorithm.expand(upload, kind.initial.shared, 1)), 1
-            )
+            lambda: message.add(aggregator.terms.pack(expand(travelling, initial.shared, 1), 1), 1)
         )
 
-    def _run_of_stacks(self, stacks: tuple[tuple[int, ...], ...]) -> Run:
-        """The run with data only on the clients of ``stacks``. The learning rate is multiplied by
-        1e-6, so nothing diverges.
+    def _server(self, shared: Tree) -> Tree:
+        """The server's own variables before round 1."""
+        return self._federation.algorithm.server(self._clients.trainer.model, shared)
+
+    def _only_stacks(self, stacks: tuple[tuple[int, ...], ...]) -> Federation:
+        """The federation as if only these clients held data, trained by hardly any step, so that
+        nothing diverges.
         """
-        run, stacked_clients = self._run, {c for stack in stacks for c in stack}
+        federation, stacked_clients = self._federation, {c for stack in stacks for c in stack}
 
         def zero_others(values):
             return tuple(v if c in stacked_clients else 0 for c, v in enumerate(values))
 
         small_step_settings = replace(self._config.train, lr=1e-6 * self._config.train.lr)
-        kinds = tuple(
-            k._replace(trainer=replace(k.trainer, feed=self._feed, settings=small_step_settings))
-            for k in run.kinds
+        types = tuple(
+            replace(t, trainer=replace(t.trainer, feed=self._feed, settings=small_step_settings))
+            for t in self._clients.types
         )
-        return replace(
-            run,
-            kinds=kinds,
-            sizes=zero_others(run.sizes),
-            weight_N=zero_others(run.weight_N),
-            participation=1.0,
+        clients = Clients(
+            types,
+            self._clients.type_of,
+            zero_others(self._clients.sizes),
+            zero_others(self._clients.weights),
+        )
+        placement = replace(
+            federation.placement,
             groups=stacks,
             costs=(1.0,) * len(stacks),
             rank_of_group=(0,) * len(stacks),
-            task_runs=(),
+        )
+        return replace(
+            federation,
+            clients=clients,
+            cohorts=replace(federation.cohorts, tasks=(clients,), participation=1.0),
+            placement=placement,
+            store=ClientStore(clients, placement),
         )
 
 
@@ -380,8 +449,8 @@ def _measure_files(
     existing_folder = next(
         p for p in expand_home(assembly.config.output).absolute().parents if p.is_dir()
     )
-    few_bytes, many_bytes, counter, run = 2**10, 2**24, iter(range(1, 100)), assembly.run
-    initial = run.kinds[run.kind_of[0]].initial
+    few_bytes, many_bytes, counter = 2**10, 2**24, iter(range(1, 100))
+    initial = assembly.federation.clients[0].initial
 
     # tiny leaves, because the cost of bytes is measured separately
     def tiny_leaves(tree):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..aggregation.flat_layout import Layout
-from ..algorithm import Algorithm, LocalTraining, Variables
+from ..algorithm import LocalTraining, Transport, Variables, phases_of
 from ..core.names import display_name
 from ..core.tree import Tree, tmap
 from ..models.network import Model
@@ -50,14 +50,14 @@ def check_run(
     name: str,
     cohort: int,
     has_mixes: bool,
-    kinds: Sequence[tuple[Algorithm, Model, Variables]],
+    types: Sequence[tuple[Transport, Model, Variables]],
     train: LocalTraining,
 ) -> None:
     """Raise ValueError if the method or the federation cannot be private.
 
     name: of the method; cohort: the fewest clients of a round; has_mixes: whether clients reveal
-    more than the terms of the sum. kinds: for each type of client the method, the network and the
-    variables before round 1.
+    more than the terms of the sum. types: for each type of client the transport, the network and
+    the variables before round 1.
     """
     if privacy == Privacy():
         return
@@ -74,10 +74,12 @@ def check_run(
     if not privacy.is_differential:
         return
     check_library(privacy)
-    for method, model, initial in kinds:
-        if reason := _unfit_reason(method, model, initial, train):
+    for transport, model, initial in types:
+        if reason := _unfit_reason(transport, model, initial, train):
             raise ValueError(f"{key}: {name} {reason}")
-    updates = [untrained_contribution(method, first, first.shared) for method, _, first in kinds]
+    updates = [
+        _flat(transport.untrained_term(first, first.shared).mean) for transport, _, first in types
+    ]
     if any(not torch.equal(update, updates[0]) for update in updates):
         raise ValueError(
             f"{key}: clients of {name} would send other variables than each other without "
@@ -85,35 +87,29 @@ def check_run(
         )
 
 
-def untrained_contribution(method: Algorithm, initial: Variables, shared: Tree) -> torch.Tensor:
-    """What a client that has not trained would add to the sum, [D]. Updates are measured from it.
-
-    initial: its variables before round 1; shared: the server's current ones.
-    """
-    v = initial._replace(shared=method.download(shared))
-    term = method.expand(method.upload(v, v), shared, 1)
-    return Layout.of(term).pack(term)
+def _flat(tree: Tree) -> torch.Tensor:
+    return Layout.of(tree).pack(tree)
 
 
 def _unfit_reason(
-    method: Algorithm, model: Model, initial: Variables, train: LocalTraining
+    transport: Transport, model: Model, initial: Variables, train: LocalTraining
 ) -> str | None:
     """The reason why uploads are not updates that can be clipped and noised, or None."""
-    v = initial._replace(shared=method.download(initial.shared))
-    upload = method.upload(v, v)
-    if not upload:
+    method, shared = transport.method, initial.shared
+    v = initial._replace(shared=transport.download(shared))
+    upload, term = method.upload(v, v, 0), transport.untrained_term(initial, shared)
+    if not upload.message:
         return "sends nothing"
-    if method.sums:
+    if upload.sum:
         return "sends sums over the clients of a class, no updates of shared variables"
-    if not torch.equal(
-        Layout.of(upload).pack(upload), untrained_contribution(method, initial, initial.shared)
-    ):
+    has_other_channels = term.sum or term.weights or term.metrics
+    if has_other_channels or not torch.equal(_flat(upload.mean), _flat(term.mean)):
         return (
             "has a server that makes something else of uploads before their mean, so that to clip "
             "them bounds nothing; of LoRA's methods fedit, ffa_lora and rolora can be private, "
             "with one rank for all"
         )
-    if statistics := [leaf for leaf in upload if model.role(leaf) == "stats"]:
+    if statistics := [leaf for leaf in upload.mean if model.role(leaf) == "stats"]:
         return (
             f"shares running statistics of BatchNorm ({statistics[0]}), which noise can make "
             "negative; choose algorithm=fedbn, algorithm.bn_stats=local where there is one, or a "
@@ -122,12 +118,14 @@ def _unfit_reason(
     steps = [
         step
         for round_ in (0, 1)
-        for phase in method.phases(model, train, round_)
+        for phase in phases_of(method.local(model, train, round_))
         for step in phase.steps
     ]
     ones = Variables(*(tmap(torch.ones_like, half) for half in v[:2]))
-    changes = method.upload(ones, ones)  # zero for an untrained client, whatever its variables
-    for leaf in upload:
+    changes = method.upload(
+        ones, ones, 0
+    ).mean  # zero for an untrained client, whatever its variables
+    for leaf in upload.mean:
         if not any(step.trains(leaf) for step in steps) and changes[leaf].any():
             return (
                 f"sends {display_name(leaf)}, which SGD has not moved from what the server sent: "

@@ -7,61 +7,66 @@ client.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..core.scheduling import assign_groups
-from ..federation.federation import Run, State
-from .recovery import move_rows, reassign_groups, with_replicas
+from ..federation.federation import Federation, State
+from .recovery import journal_of, move_rows, with_replicas
 from .replicas import pack_row
 
 _MAX_TIME_RATIO = 0.9  # groups move if the slowest worker then takes less than this fraction
 
 
-def is_rebalancing_due(run: Run, round_: int) -> bool:
+def is_rebalancing_due(federation: Federation, round_: int) -> bool:
     """Whether to rebalance after so many rounds: after the second, the fourth, the eighth ...
 
-    The first round warms up. One kind of client, or one worker, needs no rebalancing.
+    The first round warms up. One type of client, or one worker, needs no rebalancing.
     """
     return (
-        len(run.kinds) > 1
-        and len(set(run.rank_of_group)) > 1
+        len(federation.clients.types) > 1
+        and len(set(federation.placement.rank_of_group)) > 1
         and round_ > 1
         and round_ & (round_ - 1) == 0
     )
 
 
-def rebalance(run: Run, state: State, workers: Sequence[int], route: str) -> tuple[Run, State]:
-    """The run and the state with the groups where the slowest worker takes least; every rank calls
-    it.
+def rebalance(
+    federation: Federation, state: State, workers: Sequence[int], route: str
+) -> tuple[Federation, State]:
+    """The federation and the state with the groups where the slowest worker takes least; every rank
+    calls it.
 
-    workers: the ranks that host clients; route: of mixes, see ``Mixing.of``. Raises RankLost on all
-    ranks or none; ``run`` and ``state`` are then unchanged.
+    workers: the ranks that host clients; route: of mixes, see ``Mixing.of``. Raises RankLost;
+    ``federation`` and ``state`` are then unchanged.
     """
-    totals = run.throughput.totals.copy()
-    run.comm.sum(totals)  # equal on all ranks, but not for every number of ranks
+    totals = federation.instruments.throughput.copy()
+    federation.comm.sum(totals)  # equal on all ranks, but not for every number of ranks
     seconds, samples = totals
-    if not (samples > 0).all():  # some kind has not taken part yet
-        return run, state
+    if not (samples > 0).all():  # some type has not taken part yet
+        return federation, state
+    clients, placement = federation.clients, federation.placement
     costs = tuple(
-        sum(run.sizes[c] for c in g) * (seconds / samples)[run.kind_of[g[0]]] for g in run.groups
+        sum(clients.sizes[c] for c in g) * (seconds / samples)[clients.type_of[g[0]]]
+        for g in placement.groups
     )
-    host = assign_groups(costs, workers)
+    hosts = assign_groups(costs, workers)
 
-    def slowest_load(host):
+    def slowest_load(hosts):
         return max(
-            sum(cost for cost, at in zip(costs, host, strict=True) if at == w) for w in workers
+            sum(cost for cost, at in zip(costs, hosts, strict=True) if at == w) for w in workers
         )
 
-    if slowest_load(host) > _MAX_TIME_RATIO * slowest_load(run.rank_of_group):
-        return run, state
-    if run.journal:
-        run.journal.wait()
-    rebalanced = reassign_groups(run.with_fields(costs=costs), run.comm, host, workers, route)
-    source = {
-        c: rank for c, rank in run.rank_of_client.items() if rank != rebalanced.rank_of_client[c]
-    }
+    if slowest_load(hosts) > _MAX_TIME_RATIO * slowest_load(placement.rank_of_group):
+        return federation, state
+    if journal := journal_of(federation):
+        journal.wait()
+    measured = replace(federation, placement=replace(placement, costs=costs))
+    rebalanced = measured.on_ranks(federation.comm, hosts, workers, route)
+    new_rank = rebalanced.placement.rank_of_client
+    source = {c: rank for c, rank in placement.rank_of_client.items() if rank != new_rank[c]}
 
     def pack_client(client):
-        return pack_row(run, state.personal, client)
+        return pack_row(federation, state.personal, client)
 
     state = state._replace(personal=move_rows(rebalanced, source, pack_client, pack_client))
-    return (with_replicas(rebalanced, state) if run.journal else rebalanced), state
+    return (with_replicas(rebalanced, state) if journal else rebalanced), state

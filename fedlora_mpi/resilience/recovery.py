@@ -9,16 +9,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..aggregation.client_mix import Mixing
 from ..config.experiment import Faults
 from ..core.scheduling import assign_groups
 from ..core.tree import Tree
-from ..federation.federation import Run, State
+from ..federation.federation import Federation, State
 from ..mpi.comm import Comm, Mpi, Solo
 from ..mpi.ending import CollectiveExit, ServerLost, collectively
 from ..mpi.pending import RankLost
 from ..mpi.watchdog import watch_progress
-from .replicas import Journal, Words, replica_rank, row_words, split_rows, unpack_row
+from .replicas import (
+    Journal,
+    ReplicatedStore,
+    Words,
+    replica_rank,
+    replicate,
+    row_words,
+    split_rows,
+    unpack_row,
+)
 
 
 class Unrecoverable(Exception):
@@ -81,54 +89,99 @@ def run_tolerant(
         raise
 
 
-def with_replicas(run: Run, state: State) -> Run:
-    """``run`` with copies in memory, from which ``recover`` restores a lost rank.
+def with_replicas(federation: Federation, state: State) -> Federation:
+    """``federation`` with copies in memory, from which ``recover`` restores a lost rank.
 
     Raises RankLost on all ranks or none.
     """
-    if run.comm.size == 1:
-        return run
-    journal = Journal(run, state)
-    _require_mpi(run.comm).agree()
-    return run.with_fields(journal=journal)
+    if federation.comm.size == 1:
+        return federation
+    replicated = replicate(federation, state)
+    _require_mpi(federation.comm).agree()
+    return replicated
 
 
-def recover(
-    lost: RankLost,
-    run: Run,
-    checkpoint_round: int,
-    workers: Callable[[int], Sequence[int]],
-    route: str,
-    rebuild: Callable[[Comm], Run],
-) -> tuple[Run, State, int, str]:
-    """The run after ``lost``, its state, the newest round with a checkpoint, and a line about it.
+class Training(NamedTuple):
+    """Where a run stands between two steps of its loop."""
 
-    checkpoint_round: that round as this rank knows it; workers: the ranks that host clients, of so
-    many ranks; route: of mixes, see ``Mixing.of``; rebuild: builds the run on a rank that had no
-    clients before. Raises RankLost on all surviving ranks when their memory holds no complete
-    state, and ServerLost on all when rank 0 is dead.
+    federation: Federation
+    state: State
+    saved_round: int  # the newest round with a checkpoint, as this rank knows it
+    is_done: bool = False
+
+
+class Survival(NamedTuple):
+    """What a rank needs to continue without a dead one."""
+
+    workers: Callable[[int], Sequence[int]]  # the ranks that host clients, of so many ranks
+    route: str  # of mixes, see ``Mixing.of``
+    rebuild: Callable[[Comm], Federation]  # builds it on a rank that had no clients before
+    tell: Callable[[str], None]  # receives a line about each recovery
+
+
+def train_to_end(
+    training: Training, advance: Callable[[Training], Training], survival: Survival
+) -> State:
+    """Call ``advance`` until the run is done; the last state.
+
+    After a rank failure the surviving ranks go back to a round of which their memory holds
+    everything. Raises RankLost on all of them if there is none or the rows have no copies, and
+    ServerLost on all if rank 0 is dead.
     """
-    started, old_comm = time.perf_counter(), _require_mpi(run.comm)
+    while not training.is_done:
+        try:
+            training = advance(training)
+        except RankLost as lost:
+            if not journal_of(training.federation):
+                raise
+            training, line = recover(lost, training, survival)
+            survival.tell(line)
+    return training.state
+
+
+def begin_round(training: Training) -> None:
+    """Copy the rows that the last round has changed to other ranks, if rows have copies.
+
+    Raises RankLost.
+    """
+    if journal := journal_of(training.federation):
+        journal.begin_round(training.state)
+
+
+def end_run(training: Training) -> None:
+    """Wait until all ranks are at the end, if rows have copies. Raises RankLost on all or none."""
+    if journal := journal_of(training.federation):
+        journal.close()
+
+
+def recover(lost: RankLost, training: Training, survival: Survival) -> tuple[Training, str]:
+    """Where the run stands after ``lost``, and a line about it.
+
+    Raises RankLost on all surviving ranks when their memory holds no complete state, and ServerLost
+    on all when rank 0 is dead.
+    """
+    federation = training.federation
+    started, old_comm = time.perf_counter(), _require_mpi(federation.comm)
     while True:
         comm = surviving_comm(lost, old_comm)
         try:
-            plan = _make_plan(run, comm, checkpoint_round)
-            recovered, state = _recover_run(run, comm, plan, workers(comm.size), route, rebuild)
+            plan = _make_plan(federation, comm, training.saved_round)
+            recovered, state = _recover_run(federation, comm, plan, survival)
             break
         except RankLost as another:
             lost = another  # nothing has changed: try again with fewer ranks
         except Unrecoverable:
             raise RankLost(comm) from None  # although all of these ranks are alive
     dead = [rank for rank in range(old_comm.size) if rank not in plan.new_rank]
-    clients = sum(len(run.clients_of(rank)) for rank in dead)
+    clients = sum(len(federation.placement.clients_of(rank)) for rank in dead)
     seconds = time.perf_counter() - started
     line = recovery_line([old_comm.members[rank] for rank in dead], comm, state.round)
-    rounds_replayed = _journal(run).current.state.round - state.round
+    rounds_replayed = _journal(federation).current.state.round - state.round
     line = (
         f"{line} after {seconds:.2f} s; clients moved: {clients}; finished rounds played again: "
         f"{rounds_replayed}"
     )
-    return recovered, state, plan.checkpoint_round, line
+    return Training(recovered, state, plan.checkpoint_round), line
 
 
 def recovery_line(dead: Sequence[int], comm: Comm, round_: int) -> str:
@@ -142,10 +195,15 @@ def _require_mpi(comm: Comm) -> Mpi:
     return comm
 
 
-def _journal(run: Run) -> Journal:
-    """The journal of a run of several ranks that survives the loss of one."""
-    assert isinstance(run.journal, Journal)
-    return run.journal
+def journal_of(federation: Federation) -> Journal | None:
+    """The journal of a federation that survives the loss of a rank."""
+    return federation.store.journal if isinstance(federation.store, ReplicatedStore) else None
+
+
+def _journal(federation: Federation) -> Journal:
+    journal = journal_of(federation)
+    assert journal
+    return journal
 
 
 def surviving_comm(lost: RankLost, old_comm: Comm) -> Mpi:
@@ -156,13 +214,14 @@ def surviving_comm(lost: RankLost, old_comm: Comm) -> Mpi:
     return comm
 
 
-def _make_plan(run: Run, comm: Mpi, checkpoint_round: int) -> RecoveryPlan:
-    """What to do without the dead ranks of ``run``; one message. Raises RankLost on all ranks or
-    none.
+def _make_plan(federation: Federation, comm: Mpi, checkpoint_round: int) -> RecoveryPlan:
+    """What to do without the dead ranks of ``federation``; one message.
+
+    Raises RankLost on all ranks or none.
 
     Raises Unrecoverable on all when a rank has died together with the one that had its copies.
     """
-    old_comm, journal = _require_mpi(run.comm), _journal(run)
+    old_comm, journal = _require_mpi(federation.comm), _journal(federation)
     new_rank = {old_comm.members.index(member): rank for rank, member in enumerate(comm.members)}
     table_row = [
         checkpoint_round,
@@ -177,7 +236,7 @@ def _make_plan(run: Run, comm: Mpi, checkpoint_round: int) -> RecoveryPlan:
     for holder in (
         replica_rank(rank, old_comm.size)
         for rank in range(old_comm.size)
-        if rank not in new_rank and run.clients_of(rank)
+        if rank not in new_rank and federation.placement.clients_of(rank)
     ):
         available_rounds.append({*table[holder, 3:].tolist()} if holder in new_rank else set())
     if not (common_rounds := set.intersection(*available_rounds)):
@@ -191,33 +250,30 @@ def _as_pair(rounds: Sequence[int]) -> tuple[int, int]:
 
 
 def _recover_run(
-    run: Run,
-    comm: Mpi,
-    plan: RecoveryPlan,
-    workers: Sequence[int],
-    route: str,
-    rebuild: Callable[[Comm], Run],
-) -> tuple[Run, State]:
-    """The run on the surviving ranks, and its state; ``run`` stays as it is.
+    federation: Federation, comm: Mpi, plan: RecoveryPlan, survival: Survival
+) -> tuple[Federation, State]:
+    """The federation on the surviving ranks, and its state; ``federation`` stays as it is.
 
     Raises RankLost on all ranks or none.
     """
-    if comm.rank in workers and run.trainer.feed is None:
+    workers = survival.workers(comm.size)
+    if comm.rank in workers and federation.clients.trainer.feed is None:
         comm.heartbeat.enter_stage("the set-up", round_=0)
-        recovered = rebuild(comm)
+        recovered = survival.rebuild(comm)
     else:
         # clients of surviving ranks stay
-        host = assign_groups(
-            run.costs, workers, [plan.new_rank.get(rank) for rank in run.rank_of_group]
+        former_hosts = federation.placement.rank_of_group
+        hosts = assign_groups(
+            federation.placement.costs, workers, [plan.new_rank.get(rank) for rank in former_hosts]
         )
-        recovered = reassign_groups(run, comm, host, workers, route)
+        recovered = federation.on_ranks(comm, hosts, workers, survival.route)
     holder_of_client = {
-        c: replica_rank(rank, run.comm.size)
-        for c, rank in run.rank_of_client.items()
+        c: replica_rank(rank, federation.comm.size)
+        for c, rank in federation.placement.rank_of_client.items()
         if rank not in plan.new_rank
     }
     source_rank = {c: plan.new_rank[holder] for c, holder in holder_of_client.items()}
-    journal, restored_round = _journal(run), plan.round
+    journal, restored_round = _journal(federation), plan.round
     personal = move_rows(
         recovered,
         source_rank,
@@ -226,24 +282,13 @@ def _recover_run(
     )
     state = journal.state(restored_round)._replace(personal=personal)
     if comm.size > 1:
-        recovered = recovered.with_fields(journal=Journal(recovered, state))
+        recovered = replicate(recovered, state)
     comm.agree()
     return recovered, state
 
 
-def reassign_groups(
-    run: Run, comm: Comm, host: Sequence[int], workers: Sequence[int], route: str
-) -> Run:
-    """``run`` on the ranks of ``comm`` with its groups on the ranks ``host``, without a journal."""
-    reassigned = run.with_fields(comm=comm, rank_of_group=tuple(host), journal=None)
-    rank_of = [reassigned.rank_of_client[c] for c in range(len(run.kind_of))]
-    return reassigned.with_fields(
-        mixing=Mixing.of(run.algorithm, run.kinds[0].initial, rank_of, workers, route)
-    )
-
-
 def move_rows(
-    run: Run,
+    federation: Federation,
     source_rank: dict[int, int],
     replica_row: Callable[[int], Words],
     local_row: Callable[[int], Words],
@@ -253,11 +298,13 @@ def move_rows(
     source_rank: the rank that has the row of each client that moves; replica_row: the row of a
     client that leaves this rank; local_row: the row of one that stays.
     """
-    comm = run.comm
+    comm = federation.comm
 
     def moving_clients(a, b):
         return [
-            c for c in sorted(source_rank) if source_rank[c] == a and run.rank_of_client[c] == b
+            c
+            for c in sorted(source_rank)
+            if source_rank[c] == a and federation.placement.rank_of_client[c] == b
         ]
 
     outgoing = [moving_clients(comm.rank, rank) for rank in range(comm.size)]
@@ -265,7 +312,7 @@ def move_rows(
 
     # in float32, which ``exchange`` sends
     def float_count(clients):
-        return 2 * sum(row_words(run, c) for c in clients)
+        return 2 * sum(row_words(federation, c) for c in clients)
 
     send = np.concatenate(
         [np.empty(0, np.int64), *(replica_row(c) for clients in outgoing for c in clients)]
@@ -274,11 +321,14 @@ def move_rows(
         send.view(np.float32), [*map(float_count, outgoing)], [*map(float_count, incoming)]
     ).view(np.int64)
     moved_rows, personal = (
-        split_rows(run, [c for clients in incoming for c in clients], words),
-        run.allocate_personal(),
+        split_rows(federation, [c for clients in incoming for c in clients], words),
+        federation.store.allocate(),
     )
-    for client in run.local_clients:
+    for client in federation.placement.local_clients:
         unpack_row(
-            run, moved_rows[client] if client in moved_rows else local_row(client), client, personal
+            federation,
+            moved_rows[client] if client in moved_rows else local_row(client),
+            client,
+            personal,
         )
     return personal

@@ -26,21 +26,22 @@ def save_checkpoint(assembly: Assembly, folder: Path, state: State) -> None:
 
     Every worker writes its clients, rank 0 writes the rest, and the manifest last.
     """
-    run, comm, checkpoint_folder = (
-        assembly.run,
-        assembly.run.comm,
-        checkpoint.checkpoint_folder(folder, state.round),
-    )
+    federation, comm = assembly.federation, assembly.federation.comm
+    checkpoint_folder = checkpoint.checkpoint_folder(folder, state.round)
+    clients = federation.clients
     comm.heartbeat.enter_stage("the checkpoint")
-    shards = np.zeros((comm.size, len(run.kinds), 3), np.int64)
+    shards = np.zeros((comm.size, len(clients.types), 3), np.int64)
 
     def write() -> list[Shard]:
-        for number, (kind, ids) in enumerate(
-            zip(run.kinds, run.local_clients_by_kind, strict=True)
+        for number, (client_type, ids) in enumerate(
+            zip(clients.types, federation.placement.local_clients_by_type, strict=True)
         ):
             if ids:
                 personal = _to_arrays(
-                    {n: state.personal[kind.prefix + n] for n in kind.initial.personal}
+                    {
+                        n: state.personal[client_type.prefix + n]
+                        for n in client_type.initial.personal
+                    }
                 )
                 shards[comm.rank, number] = checkpoint.write_clients(
                     checkpoint_folder, comm.rank, ids, personal, number
@@ -59,12 +60,14 @@ def save_checkpoint(assembly: Assembly, folder: Path, state: State) -> None:
     # no rank waits for what follows; the shards are complete even if another rank dies now
     if comm.rank == 0:
         written_shards = [
-            (rank, kind) for rank, kind in np.ndindex(shards.shape[:2]) if shards[rank, kind].any()
+            (rank, number)
+            for rank, number in np.ndindex(shards.shape[:2])
+            if shards[rank, number].any()
         ]
         server_shards = [
             *(
-                Shard.from_numbers(worker_file(*rank_and_kind), shards[rank_and_kind])
-                for rank_and_kind in written_shards
+                Shard.from_numbers(worker_file(*rank_and_type), shards[rank_and_type])
+                for rank_and_type in written_shards
             ),
             *server_shards,
         ]
@@ -72,64 +75,63 @@ def save_checkpoint(assembly: Assembly, folder: Path, state: State) -> None:
             checkpoint_folder,
             server_shards,
             run_digest=assembly.run_digest,
-            clients=len(run.weight_N),
+            clients=len(clients),
         )
         checkpoint.prune(folder, assembly.config.checkpoint.keep)
 
 
 def initial_state(assembly: Assembly) -> State:
     """Return the state before round 1."""
-    run = assembly.run
-    shared = tmap(lambda v: v.to(run.trainer.device, copy=True), run.kinds[0].initial.shared)
-    personal = run.allocate_personal()
-    for kind in run.kinds:
-        for name, value in kind.initial.personal.items():
-            personal[kind.prefix + name][:] = value
-    run.personal_rows.release()
-    return State(0, run.algorithm.server(run.trainer.model, shared), shared, personal)
+    federation, clients = assembly.federation, assembly.federation.clients
+    first, trainer = clients.types[0], clients.trainer
+    shared = tmap(lambda v: v.to(trainer.device, copy=True), first.initial.shared)
+    personal = federation.store.allocate()
+    for client_type in clients.types:
+        for name, value in client_type.initial.personal.items():
+            personal[client_type.prefix + name][:] = value
+    federation.store.release()
+    return State(0, federation.algorithm.server(trainer.model, shared), shared, personal)
 
 
 def load_state(snapshot: Checkpoint, assembly: Assembly) -> State:
     """Return the state of a checkpoint with this rank's clients, whichever rank saved them."""
-    run = assembly.run
-    initial_shared, device, personal = (
-        run.kinds[0].initial.shared,
-        run.trainer.device,
-        run.allocate_personal(),
-    )
-    initial_server = run.algorithm.server(run.trainer.model, initial_shared)
+    federation, clients = assembly.federation, assembly.federation.clients
+    initial_shared, trainer = clients.types[0].initial.shared, clients.trainer
+    initial_server = federation.algorithm.server(trainer.model, initial_shared)
     _check_leaves(snapshot, assembly, initial_server)
-    for kind, ids in zip(run.kinds, run.local_clients_by_kind, strict=True):
-        block_clients = max(1, _READ_BYTES // max(1, nbytes(kind.initial.personal)))
+    personal = federation.store.allocate()
+    for client_type, ids in zip(
+        clients.types, federation.placement.local_clients_by_type, strict=True
+    ):
+        like, prefix = client_type.initial.personal, client_type.prefix
+        block_clients = max(1, _READ_BYTES // max(1, nbytes(like)))
         for start in range(0, len(ids), block_clients):
-            rows = _to_tree(
-                snapshot.personal(ids[start : start + block_clients]), kind.initial.personal
-            )
+            rows = _to_tree(snapshot.personal(ids[start : start + block_clients]), like)
             for name, value in rows.items():
-                personal[kind.prefix + name][start : start + block_clients] = value
-    run.personal_rows.release()
-    server, shared = (
-        _to_tree(snapshot.server(), initial_server),
-        _to_tree(snapshot.shared(), initial_shared),
-    )
+                personal[prefix + name][start : start + block_clients] = value
+    federation.store.release()
+    # an earlier version kept some of the server's leaves among the shared ones
+    server = _to_tree(snapshot.shared() | snapshot.server(), initial_server)
+    shared = _to_tree(snapshot.shared(), initial_shared)
 
     def to_device(tree):
-        return tmap(lambda v: v.to(device), tree)
+        return tmap(lambda v: v.to(trainer.device), tree)
 
     return State(snapshot.round, to_device(server), to_device(shared), personal)
 
 
 def _check_leaves(snapshot: Checkpoint, assembly: Assembly, initial_server: Tree) -> None:
     """Raise StoreError unless the checkpoint has the leaves of this network and method."""
-    kinds = [
-        (snapshot.leaf_shapes(ids), kind.initial.personal)
-        for kind, ids in zip(assembly.run.kinds, assembly.run.local_clients_by_kind, strict=True)
+    clients, placement = assembly.federation.clients, assembly.federation.placement
+    personal = [
+        (snapshot.leaf_shapes(ids), client_type.initial.personal)
+        for client_type, ids in zip(clients.types, placement.local_clients_by_type, strict=True)
         if ids
     ]
     for stored, like in (
-        (snapshot.shapes("shared"), assembly.run.kinds[0].initial.shared),
-        (snapshot.shapes("server"), initial_server),
-        *kinds,
+        (snapshot.shapes("shared"), clients.types[0].initial.shared),
+        (snapshot.shapes("shared") | snapshot.shapes("server"), initial_server),
+        *personal,
     ):
         for name, array in _to_arrays(like).items():
             if stored.get(name) != (array.shape, array.dtype):
@@ -142,7 +144,7 @@ def _check_leaves(snapshot: Checkpoint, assembly: Assembly, initial_server: Tree
 
 def find_newest(folder: Path, assembly: Assembly) -> Checkpoint | None:
     """Return the newest valid checkpoint, as rank 0 finds it; None if none was ever committed."""
-    comm = assembly.run.comm
+    comm = assembly.federation.comm
 
     def find_round() -> int:
         if comm.rank != 0 or not checkpoint.committed_rounds(folder):

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from .. import config as configs
-from ..components.lowrank import join_first, skipped_weights
 from ..config import Config
 from ..core.disk_errors import explain_write_errors
 from ..core.escapes import escape_line
@@ -25,10 +24,14 @@ from ..mpi.ending import Fault, collectively
 from ..mpi.pending import RankLost
 from ..resilience.rebalancing import is_rebalancing_due, rebalance
 from ..resilience.recovery import (
-    recover,
+    Survival,
+    Training,
+    begin_round,
+    end_run,
     recovery_line,
     run_tolerant,
     surviving_comm,
+    train_to_end,
     with_replicas,
 )
 from ..store import nolinks
@@ -37,8 +40,10 @@ from ..store.log import Log
 from ..store.run_folder import create_run_folder
 from ..store.sinks import Sink, open_sinks
 from ..store.snapshot import Checkpoint
-from .assembly import Assembly, build, worker_ranks
+from .assembly import Assembly, build
 from .checkpointing import find_newest, initial_state, load_state, save_checkpoint
+from .engine_choice import worker_ranks
+from .hints import run_hints
 from .output import (
     adopt_recorded_engine,
     check_shared_folder,
@@ -95,9 +100,7 @@ def _start_new_run(
     with _hold_on_rank_0(
         comm, lambda: create_run_folder(folder, lambda draft: fill_run_folder(draft, assembly))
     ):
-        return _train(
-            *_replicate_if_tolerant(assembly, initial_state(assembly)), folder, stop_requests
-        )
+        return _train(assembly, initial_state(assembly), folder, stop_requests)
 
 
 def start_or_resume(config: Config, source: str, comm: Comm) -> int:
@@ -142,7 +145,7 @@ def _continue_run(folder: Path, config: Config, comm: Comm, stop_requests: Seque
             if snapshot
             else initial_state(assembly)
         )
-        return _train(*_replicate_if_tolerant(assembly, state), folder, stop_requests)
+        return _train(assembly, state, folder, stop_requests)
 
 
 def _restore_files(folder: Path, snapshot: Checkpoint | None, assembly: Assembly) -> None:
@@ -186,18 +189,12 @@ def _hold_on_rank_0(comm: Comm, acquire: Callable[[], AbstractContextManager]) -
         yield
 
 
-def _replicate_if_tolerant(assembly: Assembly, state: State) -> tuple[Assembly, State]:
-    """Both, with replicas in memory if the config tolerates the death of a worker."""
-    return (
-        replace(assembly, run=with_replicas(assembly.run, state))
-        if assembly.config.faults.tolerate
-        else assembly
-    ), state
-
-
 def _train(assembly: Assembly, state: State, folder: Path, stop_requests: Sequence[int]) -> int:
     """Train the rounds that are left, or until a stop request; returns the exit code."""
-    config, comm = assembly.config, assembly.run.comm
+    config, comm = assembly.config, assembly.federation.comm
+    federation = assembly.federation
+    if config.faults.tolerate:
+        federation = with_replicas(federation, state)
     with ExitStack() as stack:
         log, sinks = collectively(
             comm, lambda: _open_log(config, folder, stack) if comm.rank == 0 else (None, [])
@@ -206,11 +203,17 @@ def _train(assembly: Assembly, state: State, folder: Path, stop_requests: Sequen
             for hint in run_hints(assembly):
                 print(f"hint: {hint}", file=sys.stderr)
             if comm.dead_ranks:
-                _report_rank_failure(
-                    log,
-                    f"{recovery_line(comm.dead_ranks, comm, state.round)}, from what was on disk",
-                )
-        state = _train_rounds(assembly, state, folder, stop_requests, log, sinks)
+                line = recovery_line(comm.dead_ranks, comm, state.round)
+                _report_rank_failure(log, f"{line}, from what was on disk")
+        rounds = _Rounds(assembly, folder, stop_requests, log, sinks, state.round)
+        survival = Survival(
+            lambda size: worker_ranks(config, size),
+            config.mix,
+            lambda comm: build(config, str(folder / "config.yaml"), comm).federation,
+            rounds.tell_recovery,
+        )
+        training = Training(federation, state, saved_round=state.round)
+        state = train_to_end(training, rounds.advance, survival)
     is_done = state.round >= config.rounds
     if log:
         print(
@@ -236,67 +239,74 @@ def _open_log(config: Config, folder: Path, stack: ExitStack) -> tuple[Log, list
     return log, sinks
 
 
-def _train_rounds(
-    assembly: Assembly,
-    state: State,
-    folder: Path,
-    stop_requests: Sequence[int],
-    log: Log | None,
-    sinks: Sequence[Sink],
-) -> State:
-    """Train until the last round or a stop request; returns the state.
+class _Rounds:
+    """The steps of a run's loop, with its files and messages.
 
-    sinks: what is written beside the log.
+    log: on rank 0 alone; sinks: what is written beside it; first_round: rounds done before.
     """
-    config, progress = assembly.config, Progress(assembly.config.rounds, state.round)
-    stop, saved_round, logged_round = False, state.round, state.round
-    while True:
-        try:
-            is_done = stop or state.round >= config.rounds
-            if saved_round < state.round and (
-                is_done or state.round % config.checkpoint.every == 0
-            ):
-                save_checkpoint(assembly, folder, state)
-                saved_round = state.round
-            if is_done:
-                if assembly.run.journal:
-                    assembly.run.journal.close()
-                return state
-            evaluate = (
-                state.round + 1 == config.rounds or (state.round + 1) % config.evaluate.every == 0
-            )
-            state, row, clients = run_round(assembly.run, state, evaluate, stop=bool(stop_requests))
-            row |= (
-                {"epsilon": assembly.run.epsilon(state.round)}
-                if log and config.privacy.is_differential
-                else {}
-            )
-            stop, logged_round = (
-                row.pop("stop"),
-                _log_round(log, sinks, progress, state.round, row, clients, logged_round),
-            )
-            if assembly.run.journal:
-                assembly.run.journal.begin_round(state)
-            if is_rebalancing_due(assembly.run, state.round):
-                workers = worker_ranks(config, assembly.run.comm.size)
-                run, state = rebalance(assembly.run, state, workers, config.mix)
-                assembly = replace(assembly, run=run)
-        except RankLost as lost:
-            if not assembly.run.journal:
-                raise
 
-            def rebuild_run(comm):
-                return build(config, str(folder / "config.yaml"), comm).run
+    def __init__(
+        self,
+        assembly: Assembly,
+        folder: Path,
+        stop_requests: Sequence[int],
+        log: Log | None,
+        sinks: Sequence[Sink],
+        first_round: int,
+    ) -> None:
+        self._assembly, self._config, self._folder = assembly, assembly.config, folder
+        self._stop_requests, self._log, self._sinks = stop_requests, log, sinks
+        self._progress = Progress(assembly.config.rounds, first_round)
+        self._logged_round, self._stops = first_round, False
 
-            def worker_ranks_of(size):
-                return worker_ranks(config, size)
+    def advance(self, training: Training) -> Training:
+        """The next step: a checkpoint if one is due, else a round, or the end.
 
-            run, state, saved_round, line = recover(
-                lost, assembly.run, saved_round, worker_ranks_of, config.mix, rebuild_run
-            )
-            assembly, stop = replace(assembly, run=run), False
-            if log:
-                _report_rank_failure(log, line)
+        Raises RankLost; ``training`` is then as before.
+        """
+        config, (federation, state, saved_round, _) = self._config, training
+        is_last = self._stops or state.round >= config.rounds
+        if saved_round < state.round and (is_last or state.round % config.checkpoint.every == 0):
+            save_checkpoint(replace(self._assembly, federation=federation), self._folder, state)
+            return training._replace(saved_round=state.round)
+        if is_last:
+            end_run(training)
+            return training._replace(is_done=True)
+        round_ = state.round + 1
+        evaluate = round_ == config.rounds or round_ % config.evaluate.every == 0
+        state, row, clients = run_round(federation, state, evaluate, bool(self._stop_requests))
+        if self._log and config.privacy.is_differential:
+            row["epsilon"] = federation.cohorts.epsilon(round_)
+        self._stops = row.pop("stop")
+        self._log_round(round_, row, clients)
+        training = training._replace(state=state)
+        begin_round(training)
+        if is_rebalancing_due(federation, round_):
+            workers = worker_ranks(config, federation.comm.size)
+            federation, state = rebalance(federation, state, workers, config.mix)
+        return training._replace(federation=federation, state=state)
+
+    def tell_recovery(self, line: str) -> None:
+        """Report a recovery after a rank failure; the rounds that follow may still be stopped."""
+        self._stops = False
+        if self._log:
+            _report_rank_failure(self._log, line)
+
+    def _log_round(self, round_: int, row: dict, clients: Mapping[str, np.ndarray]) -> None:
+        """Log a round, unless a recovery replays one that is in the log."""
+        if round_ <= self._logged_round:
+            return
+        self._logged_round = round_
+        if not self._log:
+            return
+        _warn_of_numbers(round_, row)
+        if "skipped" in row:
+            row["skipped"] = len(row["skipped"])
+        del row["nan_clients"]
+        ranks = row.pop("seconds_ranks")
+        for sink in (self._log, *self._sinks):
+            sink.append(round_, row, clients, ranks)
+        self._progress.show(round_, row)
 
 
 def _report_rank_failure(log: Log, line: str) -> None:
@@ -304,101 +314,23 @@ def _report_rank_failure(log: Log, line: str) -> None:
     log.record_rank_failure(line)
 
 
-def _log_round(
-    log: Log | None,
-    sinks: Sequence[Sink],
-    progress: Progress,
-    round_: int,
-    row: dict,
-    clients: Mapping[str, np.ndarray],
-    logged_round: int,
-) -> int:
-    """Log a round, unless a recovery replays one that is in the log; returns the newest logged."""
-    if round_ <= logged_round:
-        return logged_round
-    if log:
-        if skipped := row.get("skipped"):
-            ids, rest = (
-                ", ".join(map(str, skipped)),
-                "" if row["clients"] else "; nobody is left, the shared state stays",
-            )
-            print(
-                f"fedlora-mpi: round {round_}: skipped client {ids}: loss or upload is not "
-                f"finite{rest}",
-                file=sys.stderr,
-            )
-        if "skipped" in row:
-            row["skipped"] = len(row["skipped"])
-        if ids := row.pop("nan_clients"):
-            client_list, rest = (
-                ", ".join(map(str, ids[:10])),
-                f" and {len(ids) - 10} more" if len(ids) > 10 else "",
-            )
-            print(
-                f"fedlora-mpi: round {round_}: client {client_list}{rest}: logits of test samples "
-                "are no numbers (nan); these samples count as wrong, see nan_predictions of the "
-                "log",
-                file=sys.stderr,
-            )
-        ranks = row.pop("seconds_ranks")
-        for sink in (log, *sinks):
-            sink.append(round_, row, clients, ranks)
-        progress.show(round_, row)
-    return round_
-
-
-def run_hints(assembly: Assembly) -> list[str]:
-    """What would make this run faster on this node, for the user to decide, and what its low-rank
-    parts leave out.
-    """
-    comm, engine, lines = assembly.run.comm, assembly.config.engine, []
-    workers = len(set(assembly.run.rank_of_group))
-    if workers < (available_workers := len(worker_ranks(assembly.config, comm.size))):
-        lines.append(
-            f"{len(assembly.run.groups)} groups of clients keep {workers} of {available_workers} "
-            "workers busy; a smaller engine.group_size gives work to more (and changes rounding)"
+def _warn_of_numbers(round_: int, row: dict) -> None:
+    """Say on stderr which clients of a round were skipped or predict no numbers."""
+    if ids := row.get("skipped"):
+        rest = "" if row["clients"] else "; nobody is left, the shared state stays"
+        print(
+            f"fedlora-mpi: round {round_}: skipped client {', '.join(map(str, ids))}: loss or "
+            f"upload is not finite{rest}",
+            file=sys.stderr,
         )
-    local_workers = comm.local_size - (available_workers < comm.size)
-    cores, used_cores = os.cpu_count() or 1, local_workers * engine.threads
-    if engine.device == "cpu" and used_cores > cores:
-        lines.append(
-            f"{local_workers} workers with {engine.threads} thread(s) share {cores} cores; start "
-            "fewer ranks"
+    if ids := row["nan_clients"]:
+        rest = f" and {len(ids) - 10} more" if len(ids) > 10 else ""
+        print(
+            f"fedlora-mpi: round {round_}: client {', '.join(map(str, ids[:10]))}{rest}: logits of "
+            "test samples are no numbers (nan); these samples count as wrong, see nan_predictions "
+            "of the log",
+            file=sys.stderr,
         )
-    elif (
-        engine.device == "cpu"
-        and used_cores <= cores // 2
-        and available_workers < len(assembly.run.groups)
-    ):
-        lines.append(
-            f"{used_cores} of {cores} cores are busy; mpirun -n {cores // engine.threads + 1} "
-            "would use them all"
-        )
-    return lines + _decomposition_hints(assembly)
-
-
-def _decomposition_hints(assembly: Assembly) -> list[str]:
-    """Which weights have no low-rank part, where the config asks for one in all."""
-    lines: list[str] = []
-    algorithm = assembly.run.algorithm
-    full_roles = getattr(algorithm, "full", ())
-    if "*" not in getattr(algorithm, "layers", ()):
-        return lines
-    for network in sorted({kind.network for kind in assembly.run.kinds}):
-        model = next(kind.trainer.model for kind in assembly.run.kinds if kind.network == network)
-        low_rank = algorithm.low_rank(model)
-        full_weights = [
-            f"{name} ({why})"
-            for name, why in skipped_weights(model, low_rank, full_roles).items()
-            if model.role(name) not in full_roles
-        ]
-        if low_rank and full_weights:
-            lines.append(
-                f"{configs.algorithm_name(algorithm)} decomposes {len(low_rank)} of "
-                f"{len(low_rank) + len(full_weights)} weights; not decomposed: "
-                f"{join_first(full_weights)}; 'fedlora-mpi plan' lists them"
-            )
-    return lines
 
 
 def _collect_stop_signals() -> list[int]:

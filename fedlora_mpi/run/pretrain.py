@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..algorithm import Variables
+from ..algorithm import Transport, Variables
 from ..algorithms.fedavg import FedAvg
 from ..config import Config
 from ..config.blocks import prefix_errors
@@ -37,7 +37,7 @@ from ..models.weights import pack_safetensors
 from ..models.zoo import is_external
 from ..mpi.ending import Fault
 from ..store.files import write_atomic
-from .assembly import load_data, load_models, tell_hints
+from .parts import load_data, load_models, tell_hints
 
 
 def pretrain(
@@ -155,7 +155,9 @@ def _prepare(config: Config, source: str, classes: str | None) -> tuple[Trainer,
     split = pool_samples(data, parse_classes(classes, data.classes))
     feed = Feed(data, split, seed=config.seed, shift="none", device=device, augment=True)
     settings = replace(config.train, epochs=1)
-    trainer = Trainer(config.algorithm, model.to(device), settings, feed, device, stacked=False)
+    trainer = Trainer(
+        Transport(config.algorithm), model.to(device), settings, feed, device, stacked=False
+    )
     return trainer, config.algorithm.init(model, rng(config.seed, "init")).shared
 
 

@@ -16,35 +16,41 @@ the network's builder has frozen are not trained themselves; they have factors i
 in ``full``.
 
 A method defines what enters the mean for an upload (``mean_terms``), its weight in the mean
-(``term_weights``), what the server makes of the mean (``aggregate``), and which numbers of the last
-cohort it needs (``cohort_counts``). ``FineTuning`` does the rest.
+(``term_weights``), and what the server makes of the mean (``merge_terms``). ``FineTuning`` does the
+rest.
 """
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
-from ...algorithm import Algorithm, Cohort, EvaluatedModel, LocalTraining, Phase, Step, Variables
+from ...algorithm import (
+    Aggregate,
+    Algorithm,
+    EvaluatedModel,
+    LocalTraining,
+    Phase,
+    Step,
+    Svd,
+    Term,
+    Transport,
+    Update,
+    Upload,
+    Variables,
+    Visit,
+)
 from ...core.bounds import bounded
-from ...core.names import factor_name, factors_by_weight, is_factor, method_leaf_name, weight_of
-from ...core.tree import Tree, add_prefix, select_prefix
+from ...core.names import factor_name, factors_by_weight, is_factor, weight_of
+from ...core.tree import Tree, numel
 from ...models.network import Model
 from ..lowrank import as_weight, kaiming_uniform, match_weights, matrix_shape
+from . import diagnosis
 
 Role = Literal["head", "norm"]
-_FIGURES = ("effective_clients", "lora_truncation", "lora_bias", "lora_update_bias")
-_FIGURE, _COUNT = method_leaf_name("told"), method_leaf_name("last")  # shared leaves
-# leaves of an expanded upload
-_TERM, _WEIGHT = (method_leaf_name("term"), method_leaf_name("weight"))
-_DIAGNOSTIC, _WEIGHT_SUM, _WEIGHT_SQUARES = (
-    method_leaf_name("diagnosis"),
-    method_leaf_name("first"),
-    method_leaf_name("second"),
-)
-_END, _CHANGE = method_leaf_name("end"), method_leaf_name("change")
+Adapter = tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]  # see ``FineTuning.adapter``
 
 
 @dataclass(frozen=True)
@@ -115,32 +121,38 @@ class FineTuning(Algorithm):
     def evaluate_on(self) -> EvaluatedModel:  # type: ignore[override]  # read only, like every field
         return "server" if self.judged == "server" else "after_aggregation"
 
+    @property
+    def metrics(self) -> tuple[str, ...]:  # type: ignore[override]
+        return diagnosis.FIGURES if self.diagnose else ()
+
     def check(self, model: Model, train: LocalTraining) -> None:
         self.adapted_shapes(model)
 
-    def for_client(self, client: int, clients: int) -> "FineTuning":
+    def transport(self, client: int, clients: int) -> Transport:
+        client_rank = self.client_rank(client, clients)
+        # with this alpha the client's s equals ``scale_of(client_rank)``
+        alpha = self.scale_of(client_rank) * self._scale_divisor(client_rank)
+        method = replace(
+            self, lora_ranks=(client_rank,), rank_shares=(), capacities=(), alpha=alpha
+        )
+        return Transport(method, method.receive, method.make_term, method.received_numel)
+
+    def client_rank(self, client: int, clients: int) -> int:
+        """Return the rank of number ``client`` of so many."""
         ranks, max_rank = self.lora_ranks, max(self.lora_ranks)
-        client_rank = ranks[client % len(ranks)]
         if self.rank_shares:
             ends = [share * clients for share in accumulate(self.rank_shares)]
-            client_rank = next(
+            return next(
                 (r for r, end in zip(ranks, ends, strict=True) if client + 0.5 < end), ranks[-1]
             )
         if self.capacities:
-            client_rank = max(
-                1,
-                int(
-                    max_rank * self.capacities[client % len(self.capacities)] / max(self.capacities)
-                    + 1e-9
-                ),
-            )
-        # with this alpha the client's s equals ``scale_of(client_rank)``
-        alpha = self.scale_of(client_rank) * self._scale_divisor(client_rank)
-        return replace(self, lora_ranks=(client_rank,), rank_shares=(), capacities=(), alpha=alpha)
+            capacity = self.capacities[client % len(self.capacities)]
+            return max(1, int(max_rank * capacity / max(self.capacities) + 1e-9))
+        return ranks[client % len(ranks)]
 
     @property
     def s(self) -> float:
-        """The factor before B A: the client's on a result of ``for_client``, else the server's."""
+        """The factor before B A: the client's on the method of its transport, else the server's."""
         return self.alpha / self._scale_divisor(max(self.lora_ranks))
 
     def scale_of(self, lora_rank: int) -> float:
@@ -167,9 +179,6 @@ class FineTuning(Algorithm):
             )
         return {n: matrix_shape(model.all_leaves[n]) for n in weights}
 
-    def low_rank(self, model: Model) -> dict[str, int]:
-        return {n: min(max(self.lora_ranks), *of) for n, of in self.adapted_shapes(model).items()}
-
     # The client.
 
     def init(self, model: Model, rng: Generator) -> Variables:
@@ -179,10 +188,12 @@ class FineTuning(Algorithm):
             factors[factor_name(name, "A")] = kaiming_uniform(rows, in_side, rng)
             factors[factor_name(name, "B")] = torch.zeros(out_side, rows)
         full = {n: v for n, v in model.initial.items() if self.is_fully_trained(model, n)}
-        figures = (
-            add_prefix(dict.fromkeys(_FIGURES, torch.tensor(0.0)), _FIGURE) if self.diagnose else {}
-        )
-        return Variables(full | factors | figures, {})
+        return Variables(full | factors, {})
+
+    def zero_updates(self, model: Model) -> Tree:
+        """Return the dense updates W = 0 of all decomposed weights."""
+        shapes = self.adapted_shapes(model)
+        return {factor_name(n, "W"): torch.zeros(*shape) for n, shape in shapes.items()}
 
     def is_fully_trained(self, model: Model, leaf: str) -> bool:
         """Return whether a leaf is trained in full, without factors.
@@ -192,10 +203,13 @@ class FineTuning(Algorithm):
         role = model.role(leaf)
         return ("norm" if role == "stats" else role) in self.full
 
-    def download(self, shared: Tree) -> Tree:
-        return self.truncate_rank(
-            {n: v for n, v in shared.items() if not n.startswith((_FIGURE, _COUNT))}
-        )
+    def receive(self, shared: Tree) -> Tree:
+        """Return the part of the server's variables that this client receives."""
+        return self.truncate_rank(shared)
+
+    def received_numel(self, server: Tree, shared: Tree, round_: int) -> Tensor | int:
+        """Return how many numbers a real server would send to this client."""
+        return numel(self.receive(shared))
 
     def truncate_rank(self, tree: Tree) -> Tree:
         """Return ``tree`` with its factors cut to this client's rank."""
@@ -206,15 +220,15 @@ class FineTuning(Algorithm):
 
         return {n: truncate(n, v) for n, v in tree.items()}
 
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         return (Phase(train.epochs, (Step(self.loss(model), self.trained_leaves(model)),)),)
 
     def trained_leaves(self, model: Model):
         """Return the predicate that is true for the names of trained leaves."""
         return lambda leaf: is_factor(leaf) or self.is_fully_trained(model, leaf)
 
-    def upload(self, start: Variables, end: Variables) -> Tree:
-        return {n: v for n, v in end.shared.items() if not is_factor(n, "W")}
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
+        return Upload(mean={n: v for n, v in end.shared.items() if not is_factor(n, "W")})
 
     def client_model(self, model: Model, v: Variables) -> Tree:
         full, tree = {n: w for n, w in v.shared.items() if n in model.leaves}, model.all_values
@@ -228,9 +242,7 @@ class FineTuning(Algorithm):
         network = model if "norm" in self.full or not model.training else model.fixed_norm_model
         return network(self.client_model(model, v), x)
 
-    def adapter(
-        self, model: Model, v: Variables
-    ) -> tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]:
+    def adapter(self, model: Model, v: Variables) -> Adapter:
         """Return ({weight: (A, B, s)}, leaves trained in full) of the client's own model.
 
         Both apply on top of the initial weights. Raises ValueError when the model also holds a
@@ -263,27 +275,17 @@ class FineTuning(Algorithm):
 
     # The server.
 
-    def expand(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """Return the leaves trained in full and, under prefixes, what the server needs the mean of.
+    def make_term(self, upload: Upload, shared: Tree, weight: int) -> Term:
+        """Return what this client's upload adds: the leaves trained in full, and ``mean_terms``.
 
-        "term.": ``mean_terms`` times ``term_weights`` / n_k; "weight.": that ratio; "last.":
-        ``cohort_counts`` / n_k.
+        shared: the server's variables of the round; weight: the client's samples n_k.
         """
-        tree, terms = (
-            {n: v for n, v in upload.items() if not is_factor(n)},
-            self.mean_terms(upload, shared),
-        )
-        if weight := self.term_weights(upload, shared, count):
-            ratio = {n: w / count for n, w in weight.items()}
-            terms = {n: v * ratio[weight_of(n)] for n, v in terms.items()}
-            tree |= add_prefix(ratio, _WEIGHT)
-        # new_full works on the upload's device, so that nothing waits for a copy from the host
-        new_scalar = next(iter(upload.values())).new_full
-        tree |= add_prefix(
-            {n: new_scalar((), v / count) for n, v in self.cohort_counts(upload).items()}, _COUNT
-        )
-        tree |= add_prefix(terms, _TERM)
-        return tree | (self.client_diagnosis(upload, shared, count) if self.diagnose else {})
+        full = {n: v for n, v in upload.mean.items() if not is_factor(n)}
+        terms = self.mean_terms(upload.mean, shared)
+        weights = self.term_weights(upload.mean, shared, weight)
+        weight_of_term = {n: weights[weight_of(n)] for n in terms} if weights else {}
+        metrics = self._client_metrics(upload, shared, weight, weights) if self.diagnose else {}
+        return Term(full | terms, weights=weight_of_term, metrics=metrics)
 
     def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
         """Return what enters the mean instead of the factors.
@@ -310,85 +312,32 @@ class FineTuning(Algorithm):
         """
         return {}
 
-    def cohort_counts(self, upload: Tree) -> dict[str, int]:
-        """Return {name: a number of this client}.
+    def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
+        terms = {n: v for n, v in aggregate.mean.items() if is_factor(n, "ABW")}
+        full = {n: v for n, v in aggregate.mean.items() if n in shared and n not in terms}
+        new = shared | full | self.merge_terms(shared, terms, aggregate.round)
+        if not self.diagnose:
+            return Update(new, server)
+        figures = diagnosis.figures(self.delta(shared), self.delta(new), aggregate)
+        return Update(new, server, figures)
 
-        The server stores its sum over the cohort in the next shared leaf "last.<name>". The default
-        is {}.
+    def merge_terms(self, shared: Tree, terms: Tree, round_: int) -> Tree:
+        """Return the factors and dense updates that change.
+
+        shared: the present variables; terms: the weighted mean of ``mean_terms``.
         """
-        return {}
+        return terms
 
-    def server_update(
-        self, server: Tree, shared: Tree, mean: Tree, cohort: Cohort
-    ) -> tuple[Tree, Tree]:
-        full = {n: v for n, v in mean.items() if n in shared}
-        last = {n: (v * cohort.weight).round() for n, v in full.items() if n.startswith(_COUNT)}
-        terms, weights = select_prefix(mean, _TERM), select_prefix(mean, _WEIGHT)
-        if weights:
-            terms = {n: v / weights[weight_of(n)] for n, v in terms.items()}
-        new = shared | full | last | self.aggregate(shared, terms)
-        return server, new | (self.diagnostics(shared, new, mean) if self.diagnose else {})
-
-    def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        """Return the shared leaves that change.
-
-        shared: the present ones; mean: the weighted mean of the terms.
-        """
-        return mean
-
-    # The numbers of ``diagnose``.
-
-    def client_diagnosis(self, upload: Tree, shared: Tree, count: int) -> Tree:
-        """Return the leaves whose mean ``diagnostics`` needs.
-
-        All means are weighted by n_k; this is why the leaves are divided by n_k.
-        """
-        n, downloaded = next(iter(upload.values())).new_full((), count), self.download(shared)
-        received_delta, trained_delta, server_delta = (
-            self.delta(downloaded),
-            self.delta(downloaded | upload),
+    def _client_metrics(self, upload: Upload, shared: Tree, count: int, weights: Tree) -> Tree:
+        """Return what the numbers of ``diagnose`` need of this client."""
+        n_k = next(iter(upload.mean.values())).new_full((), count)
+        received = self.receive(shared)
+        return diagnosis.client_metrics(
             self.delta(shared),
-        )
-        truncation = sum(
-            (server_delta[name] - d).square().sum() for name, d in received_delta.items()
-        )
-        tree = {"one": 1 / n, "truncation": truncation / n}
-        for name, w in (self.term_weights(upload, shared, count) or {"all": n}).items():
-            tree |= {_WEIGHT_SUM + name: w / n, _WEIGHT_SQUARES + name: w.square() / n}
-        change = {name: d - received_delta[name] for name, d in trained_delta.items()}
-        return add_prefix(
-            tree | add_prefix(trained_delta, _END) | add_prefix(change, _CHANGE), _DIAGNOSTIC
-        )
-
-    def diagnostics(self, shared: Tree, new: Tree, mean: Tree) -> Tree:
-        """Return the numbers of ``diagnose``; effective clients are a fraction of the cohort."""
-        mean = select_prefix(mean, _DIAGNOSTIC)
-        weight_sums, weight_squares = (
-            select_prefix(mean, _WEIGHT_SUM),
-            select_prefix(mean, _WEIGHT_SQUARES),
-        )
-        shares = [w.square() / (weight_squares[n] * mean["one"]) for n, w in weight_sums.items()]
-        before, after = self.delta(shared), self.delta(new)
-
-        def distance(exact, approximation):
-            squares = ((approximation[n] - v).square().sum() for n, v in exact.items())
-            return cast(Tensor, sum(squares)).sqrt()
-
-        change = {n: v - before[n] for n, v in after.items()}
-        figures = (
-            cast(Tensor, sum(shares)) / len(shares),
-            mean["truncation"] / mean["one"],
-            distance(select_prefix(mean, _END), after),
-            distance(select_prefix(mean, _CHANGE), change),
-        )
-        return add_prefix(dict(zip(_FIGURES, figures, strict=True)), _FIGURE)
-
-    def server_metrics(self, shared: Tree, clients: int) -> dict[str, float]:
-        figures = {n: float(v) for n, v in select_prefix(shared, _FIGURE).items()}
-        return (
-            figures | {"effective_clients": figures["effective_clients"] * clients}
-            if figures
-            else {}
+            self.delta(received),
+            self.delta(received | upload.mean),
+            weights or {"all": n_k},
+            n_k,
         )
 
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
-from ...algorithm import Variables
+from ...algorithm import Aggregate, Svd, Update, Variables
 from ...core.names import factor_name, is_factor, method_leaf_name
 from ...core.tree import Tree, numel
 from ...models.network import Model
@@ -28,46 +28,46 @@ class CalibratedTuning(FineTuning):
     ``downlink``: R travels as a matrix (dense), or as k - 1 pairs of factors (factored). The choice
     only changes how many received numbers a round counts.
 
-    Shared leaves: "<weight>.W", "last.clients" [].
+    Shared leaves: "<weight>.W". The server remembers "last.clients" [], how many took part.
     """
 
     downlink: Literal["dense", "factored"] = "dense"
 
     def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
-        W = {
-            factor_name(n, "W"): torch.zeros(*size)
-            for n, size in self.adapted_shapes(model).items()
-        }
-        return Variables(shared | W | {_CLIENTS: torch.tensor(0.0)}, personal)
+        return Variables(shared | self.zero_updates(model), personal)
 
-    def download_numel(self, shared: Tree) -> Tensor | int:
-        return numel(
-            {n: v for n, v in self.download(shared).items() if not is_factor(n, "W")}
-        ) + self.residual_numel(shared)
+    def server(self, model: Model, shared: Tree) -> Tree:
+        return {_CLIENTS: torch.tensor(0.0)}
 
-    def residual_numel(self, shared: Tree) -> Tensor | int:
+    def received_numel(self, server: Tree, shared: Tree, round_: int) -> int:
+        without_W = {n: v for n, v in self.receive(shared).items() if not is_factor(n, "W")}
+        return numel(without_W) + self.residual_numel(server, shared)
+
+    def residual_numel(self, server: Tree, shared: Tree) -> int:
         """Return how many numbers the R of the last round takes; 0 before round 1."""
-        clients = shared[_CLIENTS].long()
-        total: Tensor | int = 0
-        for name, W in dense_updates(shared).items():
-            factored_numel = (
-                (clients - 1).clamp(min=0) * len(shared[factor_name(name, "A")]) * sum(W.shape)
-            )
-            total += (clients > 0) * W.numel() if self.downlink == "dense" else factored_numel
-        return total
+        clients, W = int(server[_CLIENTS]), dense_updates(shared)
+        if not clients:
+            return 0
+        if self.downlink == "dense":
+            return numel(W)
+        return sum(
+            (clients - 1) * len(shared[factor_name(name, "A")]) * sum(w.shape)
+            for name, w in W.items()
+        )
 
     def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
         return super().mean_terms(upload, shared) | {
             factor_name(n, "W"): p for n, p in self.factor_products(upload).items()
         }
 
-    def cohort_counts(self, upload: Tree) -> dict[str, int]:
-        return {"clients": 1}
+    def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
+        update = super().server_update(server, shared, aggregate, svd)
+        return update._replace(server={_CLIENTS: torch.tensor(float(aggregate.clients))})
 
-    def aggregate(self, shared: Tree, mean: Tree) -> Tree:
-        mean_products = self.factor_products(mean)
-        return mean | {
-            factor_name(n, "W"): W + mean[factor_name(n, "W")] - mean_products[n]
+    def merge_terms(self, shared: Tree, terms: Tree, round_: int) -> Tree:
+        mean_products = self.factor_products(terms)
+        return terms | {
+            factor_name(n, "W"): W + terms[factor_name(n, "W")] - mean_products[n]
             for n, W in dense_updates(shared).items()
         }

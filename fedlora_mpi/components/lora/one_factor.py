@@ -3,17 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Generator
-
-from ...algorithm import LocalTraining, Phase, Step, Variables
-from ...core.names import is_factor, is_method_leaf, method_leaf_name
+from ...algorithm import LocalTraining, Phase, Step, Upload, Variables, Visit
+from ...core.names import is_factor, is_method_leaf
 from ...core.tree import Tree, numel
 from ...models.network import Model
 from . import FineTuning
-
-_TURN_PREFIX = method_leaf_name("turn")
-ROUND, SEED = _TURN_PREFIX + "round", _TURN_PREFIX + "seed"
 
 
 @dataclass(frozen=True)
@@ -26,7 +20,7 @@ class OneFactor(FineTuning):
 
     A client sends the round's factor and the leaves trained in full. It receives the factor of the
     previous round. In round 1 it receives no factor, because the initial factors follow from a
-    seed. One further shared leaf, "turn.round", counts the finished rounds.
+    seed.
     """
 
     @property
@@ -38,11 +32,7 @@ class OneFactor(FineTuning):
         """Return the factor that trains in round ``round_`` (from 0)."""
         return self.factor_schedule[round_ % len(self.factor_schedule)]
 
-    def init(self, model: Model, rng: Generator) -> Variables:
-        shared, personal = super().init(model, rng)[:2]
-        return Variables(shared | {ROUND: torch.tensor(0.0)}, personal)
-
-    def phases(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
+    def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         active = self.active_factor(round_)
 
         def is_trained(leaf):
@@ -50,19 +40,16 @@ class OneFactor(FineTuning):
 
         return (Phase(train.epochs, (Step(self.loss(model), is_trained),)),)
 
-    def upload(self, start: Variables, end: Variables) -> Tree:
+    def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
         """Return the leaves that train in any round, so that every round has the same layout."""
+        letters = "".join(self.factor_schedule)
+        mean = {
+            n: v for n, v in end.shared.items() if is_factor(n, letters) or not is_method_leaf(n)
+        }
+        return Upload(mean, numel=self.trained_numel(mean, round_))
 
-        def is_excluded(n):
-            return n.startswith(_TURN_PREFIX) or is_factor(n) and n[-1] not in self.factor_schedule
-
-        return {n: v for n, v in super().upload(start, end).items() if not is_excluded(n)}
-
-    def upload_numel(self, start: Variables, end: Variables) -> int:
-        return self.trained_numel(self.upload(start, end), int(start.shared[ROUND]))
-
-    def download_numel(self, shared: Tree) -> int:
-        return self.trained_numel(self.download(shared), int(shared[ROUND]) - 1)
+    def received_numel(self, server: Tree, shared: Tree, round_: int) -> int:
+        return self.trained_numel(self.receive(shared), round_ - 1)
 
     def trained_numel(self, tree: Tree, round_: int) -> int:
         """Return how many numbers of ``tree`` round ``round_`` trained; -1: before round 1."""
@@ -72,7 +59,6 @@ class OneFactor(FineTuning):
 
         return numel({n: v for n, v in tree.items() if is_informative(n)})
 
-    def aggregate(self, shared: Tree, mean: Tree) -> Tree:
+    def merge_terms(self, shared: Tree, terms: Tree, round_: int) -> Tree:
         """Return the mean of the round's factor; the server's other factor is unchanged."""
-        active = self.active_factor(int(shared[ROUND]))
-        return {n: v for n, v in mean.items() if is_factor(n, active)} | {ROUND: shared[ROUND] + 1}
+        return {n: v for n, v in terms.items() if is_factor(n, self.active_factor(round_))}

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ...algorithm import Variables
+from ...algorithm import Aggregate, Svd, Update, Variables
 from ...core.names import factor_name, is_factor
 from ...core.tree import Tree
 from ...models.network import Model
@@ -36,17 +36,10 @@ class RedistributedTuning(FineTuning):
 
     def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
-        return Variables(
-            shared
-            | {
-                factor_name(n, "W"): torch.zeros(*size)
-                for n, size in self.adapted_shapes(model).items()
-            },
-            personal,
-        )
+        return Variables(shared | self.zero_updates(model), personal)
 
-    def download(self, shared: Tree) -> Tree:
-        client_leaves = super().download({n: v for n, v in shared.items() if not is_factor(n, "W")})
+    def receive(self, shared: Tree) -> Tree:
+        client_leaves = super().receive({n: v for n, v in shared.items() if not is_factor(n, "W")})
         return {n: v / self.s if is_factor(n, "B") else v for n, v in client_leaves.items()}
 
     def delta(self, shared: Tree) -> Tree:
@@ -56,16 +49,20 @@ class RedistributedTuning(FineTuning):
     def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
         return {factor_name(n, "W"): p for n, p in self.factor_products(upload).items()}
 
-    def decomposed(self, shared: Tree) -> dict[str, tuple[Tensor, int]]:
-        return {
-            n: (shared[factor_name(n, "W")], len(shared[factor_name(n, "A")]))
-            for n in self.delta(shared)
-        }
+    def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
+        update = super().server_update(server, shared, aggregate, svd)
+        return update._replace(shared=self.redistribute(update.shared, svd))
 
-    def handed_out(self, shared: Tree, right: Tree) -> Tree:
-        A = {factor_name(n, "A"): V for n, V in right.items()}
-        return (
-            shared
-            | A
-            | {factor_name(n, "B"): shared[factor_name(n, "W")] @ V.T for n, V in right.items()}
-        )
+    def redistribute(self, shared: Tree, svd: Svd) -> Tree:
+        """Return ``shared`` with the factors of its W."""
+        W = dense_updates(shared)
+        V = svd({n: (w, len(shared[factor_name(n, "A")])) for n, w in W.items()})
+        A = {factor_name(n, "A"): v for n, v in V.items()}
+        return shared | A | {factor_name(n, "B"): W[n] @ v.T for n, v in V.items()}
+
+
+def tail_energies(W: Tensor, B: Tensor) -> Tensor:
+    """[R + 1]: sum_{j > r} s_j^2 of W for r = 0 to R. s_j is the norm of column j of B = U S."""
+    squares = B.double().square().sum(0)
+    energies = W.double().square().sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
+    return energies.clamp(min=0).to(W.dtype)

@@ -1,0 +1,75 @@
+"""Scores of the clients' own models on their own test data."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ..core.clock import STAGES
+from .cohorts import Cohort
+from .federation import Federation, State
+
+SCORES = ("accuracy", "loss", "accuracy_aggregated", "accuracy_trained")  # of each client
+
+
+class Scores(NamedTuple):
+    """Results of an evaluation, equal on all ranks; NaN for clients that were not evaluated."""
+
+    columns: dict[str, np.ndarray]  # [N] each, by the names of ``SCORES``
+    nan_predictions: np.ndarray  # [N] fraction of test samples with a NaN logit
+    seconds: dict[str, np.ndarray]  # {stage: [R]} of each rank since the last evaluated round
+
+
+def evaluate_clients(
+    federation: Federation, state: State, cohort: Cohort, trained: Mapping[int, Tensor]
+) -> Scores:
+    """Evaluate the cohort or everybody, each client with its own model on its own test data.
+
+    trained: scores [3] of this rank's clients right after training. ``accuracy``, ``loss`` and
+    ``nan_predictions`` are those of the model that ``Algorithm.evaluate_on`` names. A client
+    outside the cohort was not trained: it has NaN after training, and its model after aggregation
+    counts. A client without a test sample of the classes so far has NaN in both.
+    """
+    comm, instruments = federation.comm, federation.instruments
+    # the task of the round; the state counts the next one
+    clients = cohort.clients
+    everyone = len(clients)
+    evaluated = cohort.members if federation.evaluate_cohort_only else range(everyone)
+    with instruments.stage("evaluate", cohort.round):
+        # scores of the clients at two moments, then seconds of the ranks
+        table = np.zeros((everyone + comm.size, 6))
+        for group in federation.placement.groups_of(comm.rank):
+            members_of_group = [c for c in group if c in evaluated]
+            if not members_of_group:
+                continue
+            trainer = clients[group[0]].trainer
+            at_least = trainer.evaluation_stack_size(members_of_group, state.round)
+            for members in federation.placement.split_into_stacks(
+                members_of_group, clients, at_least
+            ):
+                instruments.heartbeat.enter_stage("the evaluation", members)
+                rows_C = federation.store.read(state.personal, members)
+                scores_C = trainer.score_clients(members, state.shared, rows_C, state.round)
+                table[members, :3] = scores_C.numpy()
+                table[members, 3:] = [
+                    trained[c].tolist() if c in trained else [np.nan] * 3 for c in members
+                ]
+        table[everyone + comm.rank, : len(STAGES)] = instruments.take_seconds("evaluate")
+        federation.store.release()
+        comm.sum(table)  # each row is set by one rank, so no rounding
+    unevaluated = np.arange(len(table)) < everyone
+    unevaluated[list(evaluated)] = False
+    table[unevaluated] = np.nan
+    after_aggregation, after_training = table[:everyone, :3], table[:everyone, 3:]
+    judged = after_aggregation
+    if federation.algorithm.evaluate_on == "after_training":
+        # by the accuracy: a loss may be nan
+        judged = np.where(np.isnan(after_training[:, :1]), after_aggregation, after_training)
+    accuracy, loss, nan = judged.T
+    columns = accuracy, loss, after_aggregation[:, 0], after_training[:, 0]
+    return Scores(
+        dict(zip(SCORES, columns, strict=True)),
+        nan,
+        dict(zip(STAGES, table[everyone:].T, strict=False)),
+    )

@@ -1,0 +1,63 @@
+"""What would make a run faster on this node, and what its low-rank parts leave out."""
+
+import os
+
+from .. import config as configs
+from ..components.lowrank import join_first, skipped_weights
+from .assembly import Assembly
+from .engine_choice import worker_ranks
+
+
+def run_hints(assembly: Assembly) -> list[str]:
+    """What would make this run faster on this node, for the user to decide, and what its low-rank
+    parts leave out.
+    """
+    comm, engine = assembly.federation.comm, assembly.config.engine
+    placement, lines = assembly.federation.placement, []
+    workers = len(set(placement.rank_of_group))
+    if workers < (available_workers := len(worker_ranks(assembly.config, comm.size))):
+        lines.append(
+            f"{len(placement.groups)} groups of clients keep {workers} of {available_workers} "
+            "workers busy; a smaller engine.group_size gives work to more (and changes rounding)"
+        )
+    local_workers = comm.local_size - (available_workers < comm.size)
+    cores, used_cores = os.cpu_count() or 1, local_workers * engine.threads
+    if engine.device == "cpu" and used_cores > cores:
+        lines.append(
+            f"{local_workers} workers with {engine.threads} thread(s) share {cores} cores; start "
+            "fewer ranks"
+        )
+    elif (
+        engine.device == "cpu"
+        and used_cores <= cores // 2
+        and available_workers < len(placement.groups)
+    ):
+        lines.append(
+            f"{used_cores} of {cores} cores are busy; mpirun -n {cores // engine.threads + 1} "
+            "would use them all"
+        )
+    return lines + _decomposition_hints(assembly)
+
+
+def _decomposition_hints(assembly: Assembly) -> list[str]:
+    """Which weights have no low-rank part, where the config asks for one in all."""
+    lines: list[str] = []
+    clients, algorithm = assembly.federation.clients, assembly.federation.algorithm
+    full_roles = getattr(algorithm, "full", ())
+    if "*" not in getattr(algorithm, "layers", ()):
+        return lines
+    for network in sorted({t.network for t in clients.types}):
+        types = [t for t in clients.types if t.network == network]
+        model, low_rank = types[0].trainer.model, clients.low_rank(network)
+        full_weights = [
+            f"{name} ({why})"
+            for name, why in skipped_weights(model, low_rank, full_roles).items()
+            if model.role(name) not in full_roles
+        ]
+        if low_rank and full_weights:
+            lines.append(
+                f"{configs.algorithm_name(algorithm)} decomposes {len(low_rank)} of "
+                f"{len(low_rank) + len(full_weights)} weights; not decomposed: "
+                f"{join_first(full_weights)}; 'fedlora-mpi plan' lists them"
+            )
+    return lines

@@ -1,0 +1,220 @@
+"""What a run is made of, whatever its engine: data, networks, types of clients."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+
+from .. import config as configs
+from ..aggregation.flat_layout import Layout
+from ..algorithm import LocalTraining, Transport, Variables, check_trainable
+from ..config import Config
+from ..config.blocks import prefix_errors
+from ..core.names import display_name
+from ..core.seeds import rng
+from ..data.datasets import Data, load
+from ..data.feed import Feed
+from ..data.partition import Split
+from ..engine.compiled import StepCompiler, need_compiler
+from ..engine.graphs import GraphCache
+from ..engine.settings import Engine
+from ..engine.train import ClientFeed, Trainer
+from ..federation.clients import ClientType
+from ..models.network import Model
+from ..models.zoo import build as build_model
+from ..store.sinks import import_tensorboard
+
+
+def load_data(config: Config, source: str) -> Data:
+    """The data set of a config."""
+    with prefix_errors(source, "data"):
+        return load(config.data.source)
+
+
+def tell_hints(data: Data, source: str) -> None:
+    """Say on stderr what is odd about the files of a data set, a line each."""
+    for hint in data.hints:
+        print(f"hint: {source}: data.{hint.removeprefix('data.')}", file=sys.stderr, flush=True)
+
+
+def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
+    """The networks of a config, each checked against its algorithm."""
+    models, builder_inputs = [], (data.classes, data.shape, config.seed, data.tokens, data.padding)
+    for network in config.model.mix:
+        if network.name == "hf" and data.vocabulary and not config.data.source.text.tokenizer:
+            reason = "network hf reads the tokens of its own tokenizer; give it"
+            raise ValueError(f"{source}: data.text.tokenizer = null: {reason}")
+        with prefix_errors(source, "model"):
+            models.append(
+                build_model(network.name, network.options, *builder_inputs, weights=network.weights)
+            )
+        with prefix_errors(source, "algorithm"):
+            config.algorithm.check(models[-1], config.train)
+    return tuple(models)
+
+
+def split_data(config: Config, source: str, data: Data) -> Split:
+    """Who has which samples."""
+    owners = {"owners": data.owners} if data.owners else {}
+    with prefix_errors(source, "data"):
+        return config.data.partition.split(
+            data.train.y.numpy(), data.test.y.numpy(), data.classes, **owners
+        )
+
+
+class Parts(NamedTuple):
+    """What a run is made of, whatever its engine."""
+
+    data: Data
+    models: tuple[Model, ...]
+    split: Split
+    feed: Feed | None  # a server that hosts nobody keeps no images
+    # the kinds of clients: number of the network, the method
+    variants: Sequence[tuple[int, Transport]]
+    type_of_client: tuple[int, ...]  # of each client
+    initial_variables: Sequence[Variables]  # of each kind
+    device: torch.device
+
+    def client_types(self, train: LocalTraining, engine: Engine) -> tuple[ClientType, ...]:
+        """The kinds of clients as an engine trains them."""
+        prefixes = (
+            [f"kind-{number}/" for number in range(len(self.variants))]
+            if len(self.variants) > 1
+            else [""]
+        )
+        networks, stacked = [model.to(self.device) for model in self.models], engine.path == "stack"
+        make_compiler = StepCompiler if engine.compile else lambda: None
+        uses_graphs = self.device.type == "cuda" if engine.graphs == "auto" else engine.graphs
+        make_graphs = (lambda: GraphCache(self.device)) if uses_graphs else lambda: None
+        return tuple(
+            ClientType(
+                Trainer(
+                    variant,
+                    networks[network_number],
+                    train,
+                    cast(ClientFeed, self.feed),  # None on a server, which trains nobody
+                    self.device,
+                    stacked,
+                    make_compiler(),
+                    make_graphs(),
+                    engine.precision,
+                ),
+                initial,
+                prefix,
+                network_number,
+            )
+            for (network_number, variant), initial, prefix in zip(
+                self.variants, self.initial_variables, prefixes, strict=True
+            )
+        )
+
+
+def make_parts(
+    config: Config, source: str, hosts_clients: bool, device: torch.device, beat: Callable[[], None]
+) -> Parts:
+    """``hosts_clients``: whether this rank trains clients; ``beat``: ``on_batch`` of ``Feed``."""
+    data = load_data(config, source)
+    models = load_models(config, source, data)
+    split = split_data(config, source, data)
+    feed = None
+    if hosts_clients:
+        with prefix_errors(source, "data"):
+            feed = Feed(
+                data,
+                split,
+                seed=config.seed,
+                shift=config.data.source.shift,
+                device=device,
+                augment=True,
+                on_batch=beat,
+            )
+    variants, kind_of = client_variants(config)
+    with prefix_errors(source, "algorithm"):
+        initial_variables = _initial_variables(config, variants, models)
+        for (number, transport), initial in zip(variants, initial_variables, strict=True):
+            method = transport.method
+            network = config.model.mix[number].name
+            check_trainable(
+                configs.algorithm_name(method),
+                method,
+                network,
+                models[number],
+                config.train,
+                initial,
+            )
+    if config.engine.compile:
+        with prefix_errors(source, "engine"):
+            need_compiler()
+    if config.log.tensorboard:
+        with prefix_errors(source, "log"):
+            import_tensorboard()
+    return Parts(data, models, split, feed, variants, kind_of, initial_variables, device)
+
+
+def client_variants(config: Config) -> tuple[list[tuple[int, Transport]], tuple[int, ...]]:
+    """The kinds of clients, (number of the network, the method as they have it), and the kind of
+    each client, [N].
+    """
+    network_of = config.model.network_of_clients(clients := config.data.partition.clients)
+    transports = [config.algorithm.transport(client, clients) for client in range(clients)]
+    variant_of_client = [
+        (network, transport.method)
+        for network, transport in zip(network_of, transports, strict=True)
+    ]
+    first_client = {
+        variant: client for client, variant in reversed([*enumerate(variant_of_client)])
+    }
+    variants = sorted(dict.fromkeys(variant_of_client), key=lambda variant: variant[0])
+    return (
+        [(variant[0], transports[first_client[variant]]) for variant in variants],
+        tuple(map(variants.index, variant_of_client)),
+    )
+
+
+def _initial_variables(
+    config: Config, variants: Sequence[tuple[int, Transport]], models: Sequence[Model]
+) -> list[Variables]:
+    """The variables before round 1 of each kind of clients; the shared ones are the method's with
+    the first network.
+
+    Raises ValueError when networks differ in what the algorithm shares or mixes.
+    """
+    algorithm, names = config.algorithm, [config.model.mix[network].name for network, _ in variants]
+
+    def initialize(method, model):
+        return method.init(model, rng(config.seed, "init"))
+
+    initial_variables = [
+        Variables(
+            initialize(algorithm, models[network]).shared,
+            initialize(transport.method, models[network]).personal,
+        )
+        for network, transport in variants
+    ]
+    for initial in initial_variables:
+        if clashing_leaves := initial.shared.keys() & initial.personal.keys():
+            raise ValueError(
+                f"name = {configs.algorithm_name(algorithm)}: has a leaf "
+                f"{display_name(min(clashing_leaves))} of its own, and so has the network; rename "
+                "that part of the network"
+            )
+    mixes = [algorithm.upload(first, first, 0).mix for first in initial_variables]
+    for verb, trees in (
+        ("shares", [v.shared for v in initial_variables]),
+        ("mixes", [o.rows if o else {} for o in mixes]),
+    ):
+        layouts = [Layout.of(tree).leaf_descriptions for tree in trees]
+        for name, layout in zip(names, layouts, strict=True):
+            if layout != layouts[0]:
+                leaf = next(n for n in layouts[0] | layout if layouts[0].get(n) != layout.get(n))
+                shapes = " and ".join(
+                    leaf_shapes.get(leaf, "none") for leaf_shapes in (layouts[0], layout)
+                )
+                raise ValueError(
+                    f"name = {configs.algorithm_name(algorithm)}: {verb} {display_name(leaf)}, "
+                    f"which networks {names[0]} and {name} have in different shapes ({shapes}); "
+                    "for a mix of networks choose a method that shares only what they have in "
+                    "common, such as pfedlora"
+                )
+    return [first._replace(shared=initial_variables[0].shared) for first in initial_variables]
