@@ -21,6 +21,7 @@ from fedlora_mpi.store.reader import RunFiles
 COMMANDS = (
     "run",
     "resume",
+    "config",
     "plan",
     "partition",
     "report",

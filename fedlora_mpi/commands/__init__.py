@@ -1,6 +1,7 @@
 """The commands, one file each, in the order in which ``--help`` lists them."""
 
 from . import (
+    config,
     digest,
     doctor,
     export,
@@ -20,6 +21,7 @@ from .command import Command
 COMMANDS: dict[str, Command] = {
     "run": run.COMMAND,
     "resume": resume.COMMAND,
+    "config": config.COMMAND,
     "plan": plan.COMMAND,
     "partition": partition.COMMAND,
     "report": report.COMMAND,

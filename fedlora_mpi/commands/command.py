@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 OVERRIDES_HELP = (
-    "settings of the config by their dotted names, for instance train.lr=0.05 algorithm=fedavg"
+    "settings of the config by their dotted names, for instance train.lr=0.05 algorithm=fedavg; "
+    "another method, model or partition keeps the keys that mean the same for both"
 )
 
 

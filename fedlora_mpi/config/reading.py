@@ -10,8 +10,9 @@ Every mistake is a ``ConfigError`` of one line.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass, replace
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -30,8 +31,6 @@ from . import blocks
 from .blocks import ConfigError, Field, Origin
 from .experiment import Config, DataBlock, Faults, Log, ModelBlock, Network
 
-# The keys of a choice block that give its other keys their meaning.
-SELECTORS = {"data.partition": ("kind",), "model": ("name", "mix"), "algorithm": ("name",)}
 FREE_ON_RESUME = (
     "rounds",
     "output",
@@ -60,6 +59,7 @@ COMMAND_LINE = "command line"
 _PATH_KEYS = ("output", "data.root", "data.text.train", "data.text.test", "model.folder")
 _NULLABLE_PATH_KEYS = ("data.text.tokenizer", "model.weights")
 _CHECKSUM_PREFIX = "# Checksum of what follows: "
+_RESET_PREFIX = "# Hint: "
 _MAX_DEPTH = 20
 _PLACEHOLDER = re.compile(r"\{(.*?)\}")
 
@@ -71,6 +71,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     ConfigError.
     """
     config, origin = _read(Path(path), overrides)
+    for reset in config.resets:
+        print(f"hint: {reset}", file=sys.stderr, flush=True)
     substitutes = {
         "name": Path(path).stem,
         "algorithm": algorithm_name(config.algorithm).rpartition(":")[2],
@@ -91,9 +93,56 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, Origin]:
     if "base" in layers[0][0]:
         layers.insert(0, _load_base(layers[0][0].pop("base"), path))
     layers += [(layer, COMMAND_LINE) for layer in _parse_overrides(overrides)]
-    tree, sources = blocks.merge_layers(layers, SELECTORS)
-    origin = Origin(str(path), sources)
-    return _build_config(tree, origin), origin
+    merged = blocks.merge_layers(layers, CHOICES)
+    origin = Origin(str(path), merged.sources)
+    config = replace(_build_config(merged.tree, origin), resets=tuple(map(str, merged.resets)))
+    return config, origin
+
+
+def annotated_yaml(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """``resolved_yaml`` of ``read(path, overrides)`` with the origin of each key as a comment:
+    ``default``, ``FILE:LINE`` or ``command line``. Raises ConfigError.
+    """
+    config = read(path, overrides)
+    sources = _read(Path(path), overrides)[1].source_of_key
+    lines = {
+        file: _key_lines(_read_text(Path(file))) for file in set(sources.values()) - {COMMAND_LINE}
+    }
+    text = resolved_yaml(config)
+    key_of_line = {line: key for key, line in _key_lines(text).items()}
+    settings, annotated = flatten(config), []
+    for number, line in enumerate(text.splitlines(), 1):
+        key = key_of_line.get(number)
+        if key in settings:
+            written = next((k for k in _with_parents(key) if k in sources), "")
+            selectors = [f"{block}.{choice.selectors[0]}" for block, choice in CHOICES.items()]
+            if written != key and key not in selectors:
+                written = ""  # the block is a bare name, so its other keys are defaults
+            source = sources.get(written, "default")
+            place = f":{lines[source][written]}" if source in lines else ""
+            line = f"{line:<48}  # {source}{place}"
+        annotated.append(line)
+    return "\n".join(annotated) + "\n"
+
+
+def _with_parents(key: str) -> Iterator[str]:
+    """``key``, and the blocks around it from inside out."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
+
+
+def _key_lines(text: str) -> dict[str, int]:
+    """{dotted key: number of its line, from 1} of a YAML text that has been read before."""
+
+    def walk(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        for key, value in node.value:
+            yield f"{prefix}{key.value}", key.start_mark.line + 1
+            yield from walk(value, f"{prefix}{key.value}.")
+
+    return dict(walk(_Loader(text).get_single_node(), ""))
 
 
 def from_dict(mapping: Mapping[str, Any], source: str) -> Config:
@@ -162,8 +211,10 @@ def resolved_yaml(config: Config) -> str:
 
 
 def checksummed_yaml(config: Config) -> str:
-    """``resolved_yaml`` after a line with its checksum, for ``read_recorded``."""
-    text = resolved_yaml(config)
+    """``resolved_yaml`` after a line with its checksum, for ``read_recorded``, and a line for each
+    key that an override has reset.
+    """
+    text = "".join(f"{_RESET_PREFIX}{reset}\n" for reset in config.resets) + resolved_yaml(config)
     return f"{_CHECKSUM_PREFIX}{text_checksum(text)}\n{text}"
 
 
@@ -180,7 +231,13 @@ def read_recorded(path: Path, overrides: Sequence[str] = ()) -> Config:
             f"{path}: checksum differs, the file was damaged or edited; give changes as "
             "KEY=VALUE, and remove its first line to take it as it is"
         )
-    return _read(path, overrides)[0]
+    recorded = tuple(
+        line.removeprefix(_RESET_PREFIX)
+        for line in yaml_text.splitlines()
+        if line.startswith(_RESET_PREFIX)
+    )
+    config = _read(path, overrides)[0]
+    return replace(config, resets=recorded + config.resets)
 
 
 def read_recorded_rounds(path: Path, overrides: Sequence[str] = ()) -> int:
@@ -348,7 +405,7 @@ def _parse_overrides(texts: Sequence[str]) -> list[dict]:
                 f"{COMMAND_LINE}: {text}: must be key=value, for instance train.lr=0.1"
             )
         pairs.append((key, _parse_override(key, value, f"{COMMAND_LINE}: {text}")))
-    selectors = [f"{block}.{name}" for block, names in SELECTORS.items() for name in names]
+    selectors = [f"{block}.{n}" for block, choice in CHOICES.items() for n in choice.selectors]
     pairs.sort(key=lambda pair: (pair[0].count("."), pair[0] not in selectors))
     return [_nest_keys(key.split("."), value) for key, value in pairs]
 
@@ -375,6 +432,42 @@ def _parse_override(key: str, text: str, source: str) -> Any:
             "shell"
         )
     return value
+
+
+# Which keys of a block mean the same under two choices.
+
+
+def _common_partition_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> Collection[str]:
+    """What all partitions have: clients, train, test, seed, overlap."""
+    return [f.name for f in fields(Partition)]
+
+
+def _common_network_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> Collection[str]:
+    """None: another network has other weights, and its options only share their names."""
+    return ()
+
+
+def _common_method_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> Collection[str]:
+    """The fields that both methods have from the same class, for instance ``LowRank``."""
+    try:
+        classes = [algorithms.find_algorithm(selection["name"]) for selection in (old, new)]
+    except (ValueError, TypeError):  # the name is refused later, with its place
+        return ()
+    if not all(map(is_dataclass, classes)):
+        return ()
+    owners = [
+        {name: owner for owner in cls.__mro__ for name in vars(owner).get("__annotations__", ())}
+        for cls in classes
+    ]
+    common = {f.name for f in fields(classes[0])} & {f.name for f in fields(classes[1])}
+    return [name for name in common if owners[0][name] is owners[1][name]]
+
+
+CHOICES = {
+    "data.partition": blocks.Choice(("kind",), _common_partition_fields),
+    "model": blocks.Choice(("name", "mix"), _common_network_fields),
+    "algorithm": blocks.Choice(("name",), _common_method_fields),
+}
 
 
 def _nest_keys(names: Sequence[str], value: Any) -> dict:

@@ -177,8 +177,11 @@ def receive_config(comm: Comm, read: Callable[[], Config]) -> tuple[Config, Comm
 def _broadcast_config(comm: Comm, read: Callable[[], Config]) -> Config:
     """The config that ``read()`` gives on rank 0, on every rank. Raises RankLost."""
     config = collectively(comm, lambda: read() if comm.rank == 0 else None)
-    text = json.dumps(configs.resolved_dict(config)) if config is not None else ""
-    return configs.from_dict(json.loads(comm.broadcast(text.encode())), "config of rank 0")
+    text = ""
+    if config is not None:
+        text = json.dumps([configs.resolved_dict(config), config.resets])
+    tree, resets = json.loads(comm.broadcast(text.encode()))
+    return replace(configs.from_dict(tree, "config of rank 0"), resets=tuple(resets))
 
 
 @contextmanager
