@@ -114,15 +114,25 @@ def annotated_yaml(path: str | Path, overrides: Sequence[str] = ()) -> str:
     for number, line in enumerate(text.splitlines(), 1):
         key = key_of_line.get(number)
         if key in settings:
-            written = next((k for k in _with_parents(key) if k in sources), "")
-            selectors = [f"{block}.{choice.selectors[0]}" for block, choice in CHOICES.items()]
-            if written != key and key not in selectors:
-                written = ""  # the block is a bare name, so its other keys are defaults
-            source = sources.get(written, "default")
-            place = f":{lines[source][written]}" if source in lines else ""
-            line = f"{line:<48}  # {source}{place}"
+            line = f"{line:<48}  # {_place(key, sources, lines)}"
         annotated.append(line)
     return "\n".join(annotated) + "\n"
+
+
+def _place(key: str, sources: Mapping[str, str], lines: Mapping[str, Mapping[str, int]]) -> str:
+    """Where ``key`` is set: ``default``, ``command line``, or ``FILE:LINE``.
+
+    lines: of each file, the number of each key's line.
+    """
+    selectors = [f"{block}.{choice.selectors[0]}" for block, choice in CHOICES.items()]
+    written = next((k for k in _with_parents(key) if k in sources), "")
+    # under a block that is a bare name, all keys but the name are defaults
+    if not written or (written != key and key not in selectors):
+        return "default"
+    source = sources[written]
+    # a bare name counts as its selector, which has no line of its own
+    numbers = [n for k in _with_parents(key) if (n := lines.get(source, {}).get(k))]
+    return f"{source}:{numbers[0]}" if numbers else source
 
 
 def _with_parents(key: str) -> Iterator[str]:
