@@ -16,7 +16,7 @@ from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -469,7 +469,8 @@ def _common_method_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> Col
         {name: owner for owner in cls.__mro__ for name in vars(owner).get("__annotations__", ())}
         for cls in classes
     ]
-    common = {f.name for f in fields(classes[0])} & {f.name for f in fields(classes[1])}
+    old_names, new_names = ({f.name for f in fields(cast(Any, cls))} for cls in classes)
+    common = old_names & new_names
     return [name for name in common if owners[0][name] is owners[1][name]]
 
 
