@@ -43,7 +43,7 @@ from ..store.snapshot import Checkpoint
 from .assembly import Assembly, build
 from .checkpointing import find_newest, initial_state, load_state, save_checkpoint
 from .engine_choice import worker_ranks
-from .hints import run_hints
+from .hints import run_hints, training_hints
 from .output import (
     adopt_recorded_engine,
     check_shared_folder,
@@ -203,8 +203,10 @@ def _train(assembly: Assembly, state: State, folder: Path, stop_requests: Sequen
             comm, lambda: _open_log(config, folder, stack) if comm.rank == 0 else (None, [])
         )
         if log:
-            for hint in run_hints(assembly):
+            doubts = training_hints(assembly)
+            for hint in [*doubts, *run_hints(assembly)]:
                 print(f"hint: {hint}", file=sys.stderr)
+            log.record_hints([*config.resets, *doubts])
             if comm.dead_ranks:
                 line = recovery_line(comm.dead_ranks, comm, state.round)
                 _report_rank_failure(log, f"{line}, from what was on disk")
@@ -318,12 +320,20 @@ def _report_rank_failure(log: Log, line: str) -> None:
 
 
 def _warn_of_numbers(round_: int, row: dict) -> None:
-    """Say on stderr which clients of a round were skipped or predict no numbers."""
+    """Say on stderr which clients of a round were skipped or predict no numbers, and that nobody
+    has moved the shared variables.
+    """
     if ids := row.get("skipped"):
         rest = "" if row["clients"] else "; nobody is left, the shared state stays"
         print(
             f"fedlora-mpi: round {round_}: skipped client {', '.join(map(str, ids))}: loss or "
             f"upload is not finite{rest}",
+            file=sys.stderr,
+        )
+    if round_ == 1 and row["drift"] == 0:
+        print(
+            "hint: round 1: the drift is exactly 0, so no client has moved what all share; do its "
+            "phases train it?",
             file=sys.stderr,
         )
     if ids := row["nan_clients"]:
