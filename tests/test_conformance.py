@@ -373,6 +373,7 @@ MOVERS = {
         "a flag that the first participation sets",
     ),
     "hetlora.lora_rank": (None, "a rank that falls now and then"),
+    "fedbabu.*": (lambda *_: set(), "the head, which trains on copies alone"),
 }
 
 # After two rounds of the whole cohort, seven clients of different data hold seven different rows of
@@ -382,6 +383,7 @@ ALIKE = {
     "fedcac.critical.*.bias": "four entries have six masks of two",
     "fedcac.critical.norm.weight": "four entries have six masks of two",
     "fd.own.round": "the round in which they all took part last",
+    "fedbabu.*": "the head that all clients draw",
     "fedproto.own.classes": "four classes, of which many hold all",
     "pfedgate.gate.in.weight": "the scale of the one channel, which BatchNorm takes off again",
     "pfedsd.taught": "a flag that the first participation sets",
