@@ -58,6 +58,8 @@ FORMER_NAMES = {"Vars": "Variables", "Train": "LocalTraining", "Offer": "Mix"}  
 def __getattr__(name: str) -> type:
     if name in FORMER_NAMES:
         return globals()[FORMER_NAMES[name]]
+    if name == "Cohort":
+        raise ImportError("Cohort: server_update receives an Aggregate now, which has its numbers")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -214,11 +216,13 @@ class Transport(NamedTuple):
     """What travels to and from one client, where clients differ, for instance in their rank.
 
     method: the method with the hyper-parameters of this client. The server's hooks are called on
-        the method of the config.
+        the method of the config. Clients with equal methods and the same network share the
+        transport of the first of them.
     download: the part of the server's ``shared`` variables that the client receives. Its hooks see
         that as ``shared``. Default: all of them.
-    expand: (upload, shared, weight) -> what the upload adds to the aggregate, given the server's
-        ``shared`` variables of the round and the client's weight. Default: the upload itself.
+    expand: (upload, shared, weight) -> what the ``mean`` and ``sum`` of an upload add to the
+        aggregate, given the server's ``shared`` variables of the round and the client's weight.
+        Default: these themselves.
     download_numel: (server, shared, round) -> how many numbers a real federation would send to the
         client, from the server's own and shared variables of the round. None: the whole download.
     """
@@ -242,7 +246,8 @@ class Transport(NamedTuple):
 
     def untrained_term(self, initial: Variables, shared: Tree) -> Term:
         """What that upload adds to the aggregate."""
-        return self.expand(self.untrained_upload(initial, shared), shared, 1)
+        upload = self.untrained_upload(initial, shared)
+        return self.expand(Upload(upload.mean, upload.sum), shared, 1)
 
 
 _LOCAL = "local(model, train, round_) returns Phase and Visit in order of time"
@@ -272,6 +277,7 @@ FORMER_HOOKS = {  # a hook or class variable of before: what replaces it
     "expand": _TRANSPORT,
     "download_numel": _TRANSPORT,
     "received": _TRANSPORT,
+    "used": "nothing: the engine counts the samples that a phase uses",
     "low_rank": "nothing: the ranks follow from the factors that init returns",
     "tune": "personalize(model, train, round_)",
     "weights_of": "client_model(model, v)",
@@ -331,8 +337,9 @@ class Algorithm:
         """The client's round ``round_`` (from 0), in order of time. ``model`` is in training mode.
 
         Losses and visits receive ``start``: the variables before the first phase, after the visits
-        in front of it. Those visits receive the variables as they arrived, as both ``start`` and
-        ``now``. Default: one phase that trains all leaves of the client's own model.
+        in front of it. Those visits receive the variables so far as both ``start`` and ``now``. If
+        there is no phase, ``start`` is what has arrived. Default: one phase that trains all leaves
+        of the client's own model.
         """
         return (Phase(train.epochs, (Step(self.loss(model)),)),)
 
@@ -388,8 +395,9 @@ class Algorithm:
     def personalize(
         self, model: Model, train: LocalTraining, round_: int
     ) -> tuple[Phase | Visit, ...]:
-        """What trains a copy, on training data, before the evaluation in front of round ``round_``.
-        Default: nothing.
+        """What trains a copy, on training data, before the evaluation in front of round ``round_``,
+        as in ``local``. A client without training samples has no batch to train on; its visits see
+        an empty one. Default: nothing.
         """
         return ()
 
@@ -400,11 +408,24 @@ HOOKS = (
 )  # fmt: skip
 
 
+# these were plain values; a field of any other former name is a hyper-parameter
+_FORMER_FLAGS = (
+    "needs_all_data",
+    "surveys",
+    "sums",
+    "center_keys",
+    "centred",
+    "evaluates",
+    "judges",
+)
+
+
 def _check_hooks(cls: type[Algorithm]) -> None:
     """Raise TypeError for a hook of an earlier version, or one with other parameters."""
     page = "docs/add_a_method.md has all hooks"
     for former, replacement in FORMER_HOOKS.items():
-        if hasattr(cls, former):
+        value = getattr(cls, former, None)
+        if former in _FORMER_FLAGS and hasattr(cls, former) or callable(value):
             raise TypeError(f"{cls.__name__}.{former}: replaced by {replacement}; {page}")
     for hook in HOOKS:
         names = [*inspect.signature(getattr(cls, hook)).parameters]

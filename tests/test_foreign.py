@@ -14,6 +14,7 @@ from runs import TINY, command_line, package_lines, run_process
 
 import fedlora_mpi
 from fedlora_mpi.algorithm import FORMER_HOOKS, HOOKS, Algorithm
+from fedlora_mpi.algorithms import find_algorithm
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.cli import main
 from fedlora_mpi.core import user_code as foreign
@@ -190,7 +191,7 @@ PAGE = "docs/add_a_method.md has all hooks"
 @pytest.mark.parametrize("former", FORMER_HOOKS)
 @pytest.mark.parametrize("where", ["Mine(Algorithm)", "Mine(Mixin, Algorithm)", "Mine(FedAvg)"])
 def test_a_former_hook_is_refused_with_what_replaces_it(module, former, where):
-    base = f"class Mixin:\n    {former} = 1\n" if "Mixin" in where else ""
+    base = f"class Mixin:\n    def {former}(self): ...\n" if "Mixin" in where else ""
     body = "pass" if base else f"def {former}(self, *given): ..."
     imports = (
         "from fedlora_mpi import Algorithm\nfrom fedlora_mpi.algorithms.fedavg import FedAvg\n"
@@ -200,6 +201,24 @@ def test_a_former_hook_is_refused_with_what_replaces_it(module, former, where):
         foreign.import_object("my_method:Mine")
     assert str(error.value) == f"Mine.{former}: replaced by {FORMER_HOOKS[former]}; {PAGE}"
     assert "\n" not in str(error.value)
+
+
+def test_a_field_may_have_the_name_of_a_former_hook_but_not_of_a_former_flag(module):
+    text = (
+        "from dataclasses import dataclass\nfrom fedlora_mpi import Algorithm\n"
+        "@dataclass(frozen=True)\nclass Mine(Algorithm):\n    {}: int = 4\n"
+    )
+    module("my_method", text.format("low_rank"))
+    assert foreign.import_object("my_method:Mine")().low_rank == 4
+    module("other_method", text.format("sums"))
+    with pytest.raises(ValueError, match=r"Mine\.sums: replaced by upload"):
+        foreign.import_object("other_method:Mine")
+
+
+def test_the_class_of_a_former_argument_names_what_replaces_it(module):
+    module("my_method", "from fedlora_mpi.algorithm import Algorithm, Cohort\n")
+    with pytest.raises(ValueError, match="Cohort: server_update receives an Aggregate now"):
+        find_algorithm("my_method:Mine")
 
 
 def test_the_replacements_of_former_hooks_are_what_the_contract_has():

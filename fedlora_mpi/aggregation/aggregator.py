@@ -107,6 +107,7 @@ class Aggregator:
     reduce: str  # see ``SUM_TYPES``
     rank_of_client: Mapping[int, int]
     untrained_upload: Upload  # of any client; it shows the channels of all uploads
+    counts_numbers: bool  # whether clients of some type say how many numbers they send
     protection: Protection = Protection()
     # whether uploads travel as they are, for every rank to expand them all
     gathers: bool = False
@@ -159,7 +160,8 @@ class Aggregator:
             return False
         upload = member.transport.method.upload(result.start, result.end, cohort.round)
         if self.gathers:  # every rank must use the upload as it travels
-            upload = self._with_message(upload, member.upload_layout.cast(upload.message))
+            travelled = self._split_channels(member.upload_layout.cast(upload.message))
+            upload = upload._replace(mean=travelled.mean, sum=travelled.sum)
         vector = self._term_vector(upload, uploads.shared, client, cohort)
         offer = None
         if self.mixing:
@@ -174,8 +176,8 @@ class Aggregator:
             uploads.offers[client] = offer
         if self.gathers:
             uploads.gathered[client] = member.upload_layout.pack(upload.message)
-        if upload.numel is not None:
-            uploads.numels.append(int(upload.numel))
+        numel = member.upload_layout.size if upload.numel is None else int(upload.numel)
+        uploads.numels.append(numel)
         # A diverging client must not overflow the sum; its distance has no meaning anyway.
         distance = self._squared_distance(vector, uploads.shared_flat).clamp(max=bound)
         figures = [result.loss.item(), 1.0, distance.item() * weight]
@@ -204,7 +206,7 @@ class Aggregator:
         if protection.is_differential:  # the message holds updates
             uploads.message.add(uploads.reference, weight)
             uploads.message.add(protection.noise(self.terms.size, cohort.members, cohort.round), 1)
-        if self.untrained_upload.numel is None:  # exact, unlike a sum in float32
+        if not self.counts_numbers:  # exact, unlike a sum in float32
             sent = sum(cohort.clients[c].upload_layout.size for c in active)
         received = Received(
             aggregate=None,
@@ -234,7 +236,8 @@ class Aggregator:
     def _term_vector(self, upload: Upload, shared: Tree, client: int, cohort: Cohort) -> Tensor:
         """The term [D] of a client's upload."""
         weight = cohort.clients.weights[client]
-        term = cohort.clients[client].transport.expand(upload, shared, weight)
+        received = Upload(upload.mean, upload.sum)  # no more than other ranks would have of it
+        term = cohort.clients[client].transport.expand(received, shared, weight)
         return self.terms.pack(term, weight)
 
     def _add_vector(self, message: Message, vector: Tensor, weight: float) -> None:
@@ -244,11 +247,10 @@ class Aggregator:
         if weighted_size < len(vector):
             message.add(vector[weighted_size:], 1, offset=weighted_size)
 
-    def _with_message(self, upload: Upload, message: Tree) -> Upload:
-        """``upload`` with other values of the leaves that travel."""
+    def _split_channels(self, message: Tree) -> Upload:
+        """The leaves of an upload that has travelled, by channel."""
         sums = {n: v for n, v in message.items() if n in self.untrained_upload.sum}
-        means = {n: v for n, v in message.items() if n not in sums}
-        return upload._replace(mean=means, sum=sums)
+        return Upload({n: v for n, v in message.items() if n not in sums}, sums)
 
     def _add_broken(self, uploads: Uploads) -> None:
         """No update of the broken clients, but masks and noise: those of the others need them."""
@@ -299,7 +301,7 @@ class Aggregator:
         for client, message in gather_remote_uploads(
             self.comm, uploads.gathered, layouts, self.rank_of_client
         ).items():
-            upload = self._with_message(Upload(), message)
+            upload = self._split_channels(message)
             vector = self._term_vector(upload, uploads.shared, client, cohort)
             self._add_vector(uploads.message, vector, cohort.clients.weights[client])
 
@@ -311,13 +313,10 @@ class Aggregator:
         ``absent: stale``: clients outside the cohort count with the shared variables they last
         received.
         """
-        cohort, shared, total_weight = uploads.cohort, uploads.shared, weight
-        absent_weight = sum(cohort.clients.weights) - cohort.weight
-        if self.algorithm.absent == "stale" and absent_weight > 0:
-            absent = absent_weight * uploads.shared_flat
-            absent[self.terms.weighted_size :] = 0
-            totals, total_weight = totals + absent, weight + absent_weight
-        term = self.terms.unpack(totals, total_weight, shared)
+        cohort = uploads.cohort
+        absent = sum(cohort.clients.weights) - cohort.weight
+        counts_absent = self.algorithm.absent == "stale" and absent > 0
+        term = self.terms.unpack(totals, weight, uploads.shared, absent if counts_absent else 0)
         size = len(active) if cohort.expected_size is None else cohort.expected_size
         return Aggregate(
             mean=term.mean,

@@ -1,6 +1,6 @@
 """Uploads that travel unexpanded, with different sizes, instead of as terms of a sum.
 
-This pays if the terms are larger than the uploads (see ``Algorithm.expand``).
+This pays if the terms are larger than the uploads (see ``Transport.expand``).
 """
 
 from collections.abc import Mapping

@@ -1,5 +1,6 @@
 """Where the channels of a term sit in the one flat buffer."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,7 +45,7 @@ class TermLayout:
     @cached_property
     def weighted_size(self) -> int:
         """How many of them count with the weight of their client: all but those of the sum."""
-        return self.size - sum(self.flat.shapes[n].numel() for n in self.sum)
+        return self.size - self._numel(self.sum)
 
     def pack(self, term: Term, weight: float) -> Tensor:
         """The vector [D] of a client's term; ``weight``: the client's own.
@@ -56,7 +57,8 @@ class TermLayout:
             ratios = {n: w / weight for n, w in term.weights.items()}
             scaled = {n: term.mean[n] * ratio for n, ratio in ratios.items()}
             term = term._replace(mean=term.mean | scaled, weights=ratios)
-        return self.flat.pack(_leaves(term))
+        vector = self.flat.pack(_leaves(term))
+        return vector if vector.is_floating_point() else vector.float()
 
     def pack_shared(self, shared: Tree, device: torch.device) -> Tensor:
         """The shared variables in the layout of a term [D], float64; zero for its other leaves."""
@@ -69,24 +71,42 @@ class TermLayout:
             {n: leaf_or_zeros(n, shape) for n, shape in self.flat.shapes.items()}
         ).double()
 
-    def unpack(self, totals: Tensor, weight: float, shared: Tree) -> Term:
+    def unpack(self, totals: Tensor, weight: float, shared: Tree, absent: float = 0) -> Term:
         """The mean over clients whose weights add up to ``weight``, from the ``totals`` [D] of
-        their vectors, float64; ``shared``: the server's variables, which take up rounding.
+        their vectors, float64.
+
+        shared: the server's variables, which take up rounding, and which count in the mean, but
+        not in ``metrics``, with the weight ``absent``. A leaf whose weights are all 0 stays.
         """
-        means = torch.cat([totals[: self.weighted_size] / weight, totals[self.weighted_size :]])
+        device = totals.device
+        mean_size = self.weighted_size - self._numel(_METRIC + n for n in self.metrics)
+        parts = totals.split(
+            [mean_size, self.weighted_size - mean_size, self.size - self.weighted_size]
+        )
+        means = parts[0]
+        if absent:
+            ones = {_WEIGHT + n: torch.ones((), device=device) for n in self.weights}
+            means = means + absent * self.pack_shared(shared | ones, device)[:mean_size]
         any_leaf = next(iter(shared.values()), totals)
-        leaves = self.flat.unpack(means.to(any_leaf.device))
+        vector = torch.cat([means / (weight + absent), parts[1] / weight, parts[2]])
+        leaves = self.flat.unpack(vector.to(any_leaf.device))
         weights = {n: leaves[_WEIGHT + n] for n in self.weights}
-        mean = {
-            n: leaves[n] / weights[n] if n in weights else absorb_rounding(leaves[n], shared.get(n))
-            for n in self.mean
-        }
+
+        def mean(n: str) -> Tensor:
+            if n not in weights:
+                return absorb_rounding(leaves[n], shared.get(n))
+            quotient = leaves[n] / weights[n]
+            return torch.where(weights[n] == 0, shared.get(n, leaves[n]), quotient)
+
         return Term(
-            mean,
+            {n: mean(n) for n in self.mean},
             {n: absorb_rounding(leaves[n], shared.get(n)) for n in self.sum},
             weights,
             {n: leaves[_METRIC + n] for n in self.metrics},
         )
+
+    def _numel(self, leaves: Iterable[str]) -> int:
+        return sum(self.flat.shapes[n].numel() for n in leaves)
 
 
 def _leaves(term: Term) -> Tree:

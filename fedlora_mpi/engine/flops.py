@@ -71,7 +71,7 @@ class Flops:
         for number, item in enumerate(algorithm.local(self._cpu_model, settings, round_)):
             if isinstance(item, Visit):
                 total += self._extrapolate(
-                    ("visit", number),
+                    ("visit", number, getattr(item.apply, "__code__", item.apply)),
                     partial(self._count_visit, item),
                     samples if item.all_data else 1,
                 )

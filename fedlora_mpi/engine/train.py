@@ -105,7 +105,7 @@ class Trainer:
     ) -> Iterator[ClientResult]:
         """Train ``clients`` (largest first) from ``shared`` and their rows ``personal_C`` [C, ...].
 
-        No argument is written to. The results of a stack are views into it.
+        No argument is written to. Results of clients in a stack are views of the stack's tensors.
         """
         items = self.local(round_)
 
@@ -155,8 +155,7 @@ class Trainer:
         """Scores of each client's own model, float64 [C, 3] on the host: test accuracy (fraction),
         mean loss, and the fraction of its test samples with a NaN logit.
 
-        Clients as in ``train``. A client without test samples has NaN. A client without training
-        samples is not personalized.
+        Clients as in ``train``. A client without test samples has NaN.
         """
         items = self.personalization(round_)
 
@@ -271,7 +270,7 @@ class Trainer:
         at the end, and the losses [C] of the last epoch.
         """
         numbers = [number for number, item in enumerate(items) if isinstance(item, Phase)]
-        first_phase, last_phase = (numbers[0], numbers[-1]) if numbers else (len(items), -1)
+        first_phase = numbers[0] if numbers else 0
         start = received
         for visit in items[:first_phase]:
             assert isinstance(visit, Visit)

@@ -9,6 +9,7 @@ from ..aggregation.client_mix import Mixing
 from ..aggregation.protection import Protection
 from ..aggregation.term_layout import TermLayout
 from ..algorithm import Algorithm
+from ..core.names import display_name
 from ..core.tree import Tree
 from ..mpi.comm import Comm
 from .client_store import ClientStore, MemoryRows, RowStorage
@@ -58,15 +59,19 @@ class Federation:
         """
         clients = clients or cohorts.tasks[0]
         first = clients.types[0]
+        terms = TermLayout.of(first.untrained_term)
+        if algorithm.absent == "stale":
+            _check_stale(terms, first.initial.shared)
         aggregator = Aggregator(
             comm=comm,
             algorithm=algorithm,
-            terms=TermLayout.of(first.untrained_term),
+            terms=terms,
             untrained_term=clients.untrained_term,
             drift_leaves=clients.drift_leaves(),
             reduce=reduce,
             rank_of_client=placement.rank_of_client,
             untrained_upload=first.untrained_upload,
+            counts_numbers=any(t.untrained_upload.numel is not None for t in clients.types),
             protection=protection or Protection(),
             gathers=gathers,
             skip_nonfinite=skip_nonfinite,
@@ -102,6 +107,16 @@ class Federation:
         )
         store = ClientStore(self.clients, placement, self.store.rows)
         return replace(self, comm=comm, placement=placement, store=store, aggregator=aggregator)
+
+
+def _check_stale(terms: TermLayout, shared: Tree) -> None:
+    """Raise ValueError if absent clients have no value for some leaf of the mean."""
+    present = terms.flat.common_leaves(shared)
+    if foreign := [display_name(n) for n in terms.mean if n not in present]:
+        raise ValueError(
+            f"absent = stale: absent clients have no {foreign[0]}, which is no shared variable; "
+            "choose exclude"
+        )
 
 
 def _mixing_of(

@@ -38,9 +38,11 @@ class Instruments:
             self.heartbeat.enter_stage("the training", round_=round_ + 1)
             self.seconds = dict.fromkeys(self.seconds, 0.0)
         started = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - started
-        self._clock.lap(name, self.heartbeat.waited_seconds)
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - started
+            self._clock.lap(name, self.heartbeat.waited_seconds)
 
     @contextmanager
     def local_training(

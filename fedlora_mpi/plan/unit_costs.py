@@ -22,7 +22,7 @@ from torch import Tensor
 from ..aggregation.client_mix import PackedMix
 from ..aggregation.exact_sum import SUM_TYPES
 from ..aggregation.svd import right_vectors
-from ..algorithm import Aggregate, Term
+from ..algorithm import Aggregate, Term, Upload
 from ..core.paths import expand_home
 from ..core.tree import Tree, tmap
 from ..engine.speed import TruncatedFeed
@@ -356,12 +356,11 @@ class _Trial:
     def _add_seconds(self) -> float:
         """Seconds to expand, pack and add up one client's upload."""
         aggregator, initial = self._federation.aggregator, self._type.initial
-        upload, transport = self._type.untrained_upload, self._type.transport
+        upload, expand = self._type.untrained_upload, self._type.transport.expand
+        travelling = Upload(upload.mean, upload.sum)
         message = SUM_TYPES[aggregator.reduce](aggregator.terms.size)
         return _median_seconds(
-            lambda: message.add(
-                aggregator.terms.pack(transport.expand(upload, initial.shared, 1), 1), 1
-            )
+            lambda: message.add(aggregator.terms.pack(expand(travelling, initial.shared, 1), 1), 1)
         )
 
     def _server(self, shared: Tree) -> Tree:

@@ -13,22 +13,22 @@ follow from the run's seed and come from a fast generator (SFC64). So this shows
 see, but it keeps nothing secret.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 
-from ..aggregation.exact_sum import ExactSum, FastSum
+from ..aggregation.exact_sum import ExactSum
+from ..aggregation.protection import Message, MessageOfClient
 from ..core.seeds import derive_key, rng
 from .settings import Privacy
 
 MIN_COHORT = 3  # in a cohort of two, each client can compute the other's upload from the sum
-MessageOfClient = Callable[[int], AbstractContextManager[ExactSum | FastSum]]
 
 
 def masked_messages(
-    privacy: Privacy, message: ExactSum | FastSum, chosen: Collection[int], seed: int, round_: int
+    privacy: Privacy, message: Message, chosen: Collection[int], seed: int, round_: int
 ) -> MessageOfClient:
     """A function client -> context of the message that this client writes into.
 

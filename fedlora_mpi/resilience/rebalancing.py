@@ -36,8 +36,8 @@ def rebalance(
     """The federation and the state with the groups where the slowest worker takes least; every rank
     calls it.
 
-    workers: the ranks that host clients; route: of mixes, see ``Mixing.of``. Raises RankLost on all
-    ranks or none; ``federation`` and ``state`` are then unchanged.
+    workers: the ranks that host clients; route: of mixes, see ``Mixing.of``. Raises RankLost;
+    ``federation`` and ``state`` are then unchanged.
     """
     totals = federation.instruments.throughput.copy()
     federation.comm.sum(totals)  # equal on all ranks, but not for every number of ranks

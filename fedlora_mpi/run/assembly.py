@@ -104,21 +104,22 @@ def _assemble(
     )
     on_disk = config.engine.personal == "disk"
     is_private = config.privacy != Privacy()
-    federation = Federation.build(
-        config.algorithm,
-        comm,
-        cohorts,
-        placement,
-        clients,
-        workers=workers,
-        route=config.mix,
-        reduce=config.reduce,
-        gathers=not is_private and _gathers(clients, config),
-        skip_nonfinite=config.faults.non_finite == "skip",
-        protection=PrivateUploads(config.privacy, config.seed) if is_private else None,
-        rows=DiskRows(expand_home(config.output)) if on_disk else None,
-        evaluate_cohort_only=config.evaluate.clients == "cohort",
-    )
+    with prefix_errors(source, "algorithm"):
+        federation = Federation.build(
+            config.algorithm,
+            comm,
+            cohorts,
+            placement,
+            clients,
+            workers=workers,
+            route=config.mix,
+            reduce=config.reduce,
+            gathers=not is_private and _gathers(clients, config),
+            skip_nonfinite=config.faults.non_finite == "skip",
+            protection=PrivateUploads(config.privacy, config.seed) if is_private else None,
+            rows=DiskRows(expand_home(config.output)) if on_disk else None,
+            evaluate_cohort_only=config.evaluate.clients == "cohort",
+        )
     with prefix_errors(source, "privacy"):
         _check_privacy(config, federation)
     digest = run_digest(config, split, data.vocabulary)
