@@ -34,6 +34,7 @@ _IGNORED_KEYS = (
     "log",
     "server_hosts_clients",
     "data.root",
+    "data.path",
     "data.download",
 )
 

@@ -22,7 +22,7 @@ import yaml
 
 from .. import algorithms
 from ..algorithm import Algorithm
-from ..data.datasets import Source
+from ..data.datasets import DATASETS, Source
 from ..data.partition import PARTITIONS, Partition
 from ..models import zoo
 from ..privacy.settings import Privacy
@@ -36,6 +36,7 @@ FREE_ON_RESUME = (
     "output",
     "checkpoint",
     "data.root",
+    "data.path",
     "data.download",
     "server_hosts_clients",
     "mix",
@@ -57,7 +58,7 @@ OMIT_IF_DEFAULT = {
 COMMAND_LINE = "command line"
 # Overrides that are paths; those of the second tuple may also be null.
 _PATH_KEYS = ("output", "data.root", "data.text.train", "data.text.test", "model.folder")
-_NULLABLE_PATH_KEYS = ("data.text.tokenizer", "model.weights")
+_NULLABLE_PATH_KEYS = ("data.text.tokenizer", "data.path", "model.weights")
 _CHECKSUM_PREFIX = "# Checksum of what follows: "
 _RESET_PREFIX = "# Hint: "
 _MAX_DEPTH = 20
@@ -178,6 +179,8 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         tree["data"]["tasks"] = blocks.to_plain(config.data.tasks)
     if not config.data.source.allow_pickle:
         del tree["data"]["allow_pickle"]
+    if config.data.source.path is None:
+        del tree["data"]["path"]
     if config.privacy == Privacy():
         del tree["privacy"]
     if config.data.source.text.tokenizer is None:
@@ -320,7 +323,8 @@ def _build_data(value: Any, key: str, origin: Origin) -> DataBlock:
         "partition": Field(_build_partition),
         "tasks": blocks.config_fields(DataBlock)["tasks"],
     }
-    values = blocks.read_block(blocks.config_fields(Source) | extra_fields, value, key, origin, key)
+    known_fields = blocks.config_fields(Source) | {"dataset": Field(_read_dataset)} | extra_fields
+    values = blocks.read_block(known_fields, value, key, origin, key)
     extra_values = {name: values.pop(name) for name in extra_fields}
     return blocks.construct(
         DataBlock,
@@ -328,6 +332,13 @@ def _build_data(value: Any, key: str, origin: Origin) -> DataBlock:
         key,
         origin,
     )
+
+
+def _read_dataset(value: Any, key: str, origin: Origin) -> str:
+    name, options = blocks.split_choice("name", DATASETS, "<module>:<function>", value, key, origin)
+    if options or not isinstance(value, str):
+        raise origin.error(key, "must be a name, or <module>:<function>", value)
+    return name
 
 
 def _build_partition(value: Any, key: str, origin: Origin) -> Partition:

@@ -91,7 +91,8 @@ def check_folder(job: Job) -> None:
     if recorded is None or _settings_digest(recorded) == _settings_digest(job.config):
         return
     recorded_keys, job_keys = (flatten(config) for config in (recorded, job.config))
-    ignored = ("output", "rounds", "engine.", "checkpoint.", "data.root", "data.download")
+    ignored = ("output", "rounds", "engine.", "checkpoint.", "data.root", "data.path")
+    ignored += ("data.download",)
     changes = [
         f"{key} = {recorded_keys.get(key)} (now {job_keys.get(key)})"
         for key in {**recorded_keys, **job_keys}
