@@ -22,6 +22,7 @@ import yaml
 
 from .. import algorithms
 from ..algorithm import Algorithm
+from ..data.csv_numbers import Table
 from ..data.datasets import DATASETS, Source
 from ..data.partition import PARTITIONS, Partition
 from ..models import zoo
@@ -57,7 +58,15 @@ OMIT_IF_DEFAULT = {
 }
 COMMAND_LINE = "command line"
 # Overrides that are paths; those of the second tuple may also be null.
-_PATH_KEYS = ("output", "data.root", "data.text.train", "data.text.test", "model.folder")
+_PATH_KEYS = (
+    "output",
+    "data.root",
+    "data.text.train",
+    "data.text.test",
+    "data.table.train",
+    "data.table.test",
+    "model.folder",
+)
 _NULLABLE_PATH_KEYS = ("data.text.tokenizer", "data.path", "model.weights")
 _CHECKSUM_PREFIX = "# Checksum of what follows: "
 _RESET_PREFIX = "# Hint: "
@@ -181,6 +190,8 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         del tree["data"]["allow_pickle"]
     if config.data.source.path is None:
         del tree["data"]["path"]
+    if config.data.source.table == Table():
+        del tree["data"]["table"]
     if config.privacy == Privacy():
         del tree["privacy"]
     if config.data.source.text.tokenizer is None:

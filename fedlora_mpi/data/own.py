@@ -131,11 +131,9 @@ def check(own: OwnData, setting: str) -> CheckedData:
     owners, client_hints = _number_clients(setting, own, (len(x_train), len(x_test)))
     tokens, padding = _token_settings(setting, own, x_train, x_test)
     mean, std = _normalisation(setting, own, x_train)
-    sides = (Samples(_to_tensor(x), torch.from_numpy(v)) for x, v in zip((x_train, x_test), y))
-    train, test = sides
     return CheckedData(
-        train,
-        test,
+        Samples(_to_tensor(x_train), torch.from_numpy(y[0])),
+        Samples(_to_tensor(x_test), torch.from_numpy(y[1])),
         classes,
         mean,
         std,
@@ -316,6 +314,8 @@ def _number_clients(
     train, test = (
         np.array([number_of[client] for client in side.tolist()], np.int64) for side in sides
     )
+    if known == [str(number) for number in range(len(known))]:
+        return (train, test), ()
     hint = f"{setting}: {_listed(known)} are clients 0 to {len(known) - 1}, in this order"
     return (train, test), (hint,)
 
