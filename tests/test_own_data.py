@@ -14,6 +14,7 @@ from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.own import OwnData, check
 from fedlora_mpi.data.partition import GivenSplit
 from fedlora_mpi.mpi.ending import Refusal
+from fedlora_mpi.store.reader import RunFiles
 
 MODULE = """
 import numpy as np
@@ -21,6 +22,7 @@ from torch import nn
 from fedlora_mpi.data.own import OwnData
 
 y = np.arange(60) % 3
+calls = []
 
 
 def vectors():
@@ -36,6 +38,11 @@ def images(root):
 
 def drawn():
     return OwnData(np.random.randn(60, 5), y, np.zeros((60, 5)), y)
+
+
+def differs():
+    calls.append(0)
+    return OwnData(np.full((60, 5), float(len(calls))), y, np.zeros((60, 5)), y)
 
 
 def tokens():
@@ -104,15 +111,14 @@ def test_vectors_of_a_function_train_on_their_own_clients(module, call, tmp_path
         "rounds: 2\ndata: {dataset: digits, partition: iid}\nmodel: cnn\nalgorithm: fedavg\n"
         "output: run\ntrain: {epochs: 1, batch_size: 5, lr: 0.1}\n"
     )
-    code, out, _ = call("partition", "run.yaml", *settings)
-    assert code == 0 and "4 clients, 3 classes: 60 training samples (15 per client), 60 test" in out
     assert call("run", "run.yaml", *settings)[0] == 0
+    counts = RunFiles(tmp_path / "run").partition()["train_counts"]
+    assert counts.tolist() == [[5, 5, 5]] * 4
     assert configs.flatten(configs.read("run/config.yaml"))["data.dataset"] == f"{module}:vectors"
-    assert call("resume", "run", "rounds=3")[0] == 0
     text = (tmp_path / "own_arrays.py").read_text()
     (tmp_path / "own_arrays.py").write_text(text.replace("y[:, None]", "2 * y[:, None]"))
     sys.modules.pop("own_arrays")
-    code, _, error = call("resume", "run", "rounds=4")
+    code, _, error = call("resume", "run", "rounds=3")
     assert code == 2 and "training samples: not the same as when the run began" in error
     assert f"put back what was in data.dataset = {module}:vectors, or start anew" in error
 
@@ -123,6 +129,13 @@ def test_a_function_draws_the_same_on_every_rank(module):
     alone = run_rounds(*own, "rounds=1")
     for name, value in alone[0][-1].shared.items():
         assert torch.equal(value, ranks[0][-1].shared[name])
+
+
+def test_a_function_that_differs_between_ranks_is_refused(module):
+    own = [f"data.dataset={module}:differs", IID, f"model={module}:linear", "algorithm=fedavg"]
+    with pytest.raises(Refusal, match="training samples: not the same as on rank 0") as error:
+        run_rounds(*own, ranks=2)
+    assert f"data.dataset = {module}:differs must return the same on all ranks" in str(error.value)
 
 
 def test_a_function_gets_the_folder_and_returns_images(module):

@@ -15,7 +15,7 @@ from .load import RankLoad, measure_load
 SEED_KEYS = ("seed", "data.partition.seed")
 # Beginnings of the dotted names of settings that change at most the last bits of a result.
 IGNORED_KEYS = (
-    *SEED_KEYS, "output", "checkpoint.", "log.", "data.root", "data.path", "data.download",
+    *SEED_KEYS, "output", "checkpoint.", "log.", "data.root", "data.download",
     "server_hosts_clients", "mix", "uplink",
     "engine.device", "engine.path", "engine.group_size", "engine.threads",
 )  # fmt: skip

@@ -34,7 +34,6 @@ _IGNORED_KEYS = (
     "log",
     "server_hosts_clients",
     "data.root",
-    "data.path",
     "data.download",
 )
 

@@ -258,7 +258,7 @@ def _number_labels(
     if unknown:
         raise ValueError(
             f"{setting}: y_test has the label {unknown[0]}, which y_train does not have; there "
-            f"are {_listed(known)}; give class_names to declare all classes"
+            f"are {_join_shown(known)}; give class_names to declare all classes"
         )
     if known == [*range(len(known))]:
         return [train, test], (), len(known), ()
@@ -268,7 +268,7 @@ def _number_labels(
     hints = similar_label_hints(setting, names)
     if train.dtype.kind != "U":
         hints += (
-            f"{setting}: the labels {_listed(known)} are classes 0 to {len(known) - 1}, in this "
+            f"{setting}: the labels {_join_shown(known)} are classes 0 to {len(known) - 1}, in this "
             "order",
         )
     return y, tuple(names), len(known), hints
@@ -279,7 +279,7 @@ def _number_named(
 ) -> tuple[list[np.ndarray], tuple[str, ...], int]:
     """Return the labels as indices of the class names that the user gives."""
     if len(set(names)) < len(names) or not names:
-        raise ValueError(f"{setting}: class_names {_listed(names)}: name each class once")
+        raise ValueError(f"{setting}: class_names {_join_shown(names)}: name each class once")
     allowed = names if labels[0].dtype.kind == "U" else [*range(len(names))]
     class_of = {label: number for number, label in enumerate(allowed)}
     for name, side in zip(("y_train", "y_test"), labels, strict=True):
@@ -316,7 +316,7 @@ def _number_clients(
     )
     if known == [str(number) for number in range(len(known))]:
         return (train, test), ()
-    hint = f"{setting}: {_listed(known)} are clients 0 to {len(known) - 1}, in this order"
+    hint = f"{setting}: {_join_shown(known)} are clients 0 to {len(known) - 1}, in this order"
     return (train, test), (hint,)
 
 
@@ -334,7 +334,7 @@ def _sorted_unique(values: np.ndarray) -> list:
         return unique
 
 
-def _listed(values: Sequence) -> str:
+def _join_shown(values: Sequence) -> str:
     shown = ", ".join(" ".join(str(value).split()) for value in values[:_SHOWN])
     return f"{shown} ..." if len(values) > _SHOWN else shown
 
@@ -392,6 +392,6 @@ def _normalisation(
         values = values.astype(np.float64)
         if not np.isfinite(values).all() or (name == "std" and values.min() <= 0):
             rule = "finite and above 0" if name == "std" else "finite"
-            raise ValueError(f"{setting}: {name} = {_listed(values.tolist())}: must be {rule}")
+            raise ValueError(f"{setting}: {name} = {_join_shown(values.tolist())}: must be {rule}")
         moments.append(tuple(np.broadcast_to(values, channels).tolist()))
     return moments[0], moments[1]

@@ -85,17 +85,13 @@ def num_logged_rounds(folder: Path) -> int:
         return 0
 
 
-# settings that say where the data lie, not what they are
-_PLACES_OF_DATA = ("data.root", "data.path", "data.download")
-
-
 def check_folder(job: Job) -> None:
     """Raise ValueError if the run's folder holds a run with other settings."""
     recorded = _read_config(job.folder)
     if recorded is None or _settings_digest(recorded) == _settings_digest(job.config):
         return
     recorded_keys, job_keys = (flatten(config) for config in (recorded, job.config))
-    ignored = ("output", "rounds", "engine.", "checkpoint.", *_PLACES_OF_DATA)
+    ignored = ("output", "rounds", "engine.", "checkpoint.", "data.root", "data.download")
     changes = [
         f"{key} = {recorded_keys.get(key)} (now {job_keys.get(key)})"
         for key in {**recorded_keys, **job_keys}
