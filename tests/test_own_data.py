@@ -361,6 +361,13 @@ def test_a_client_without_test_samples_is_named():
         GivenSplit(clients=3).split(np.zeros(3, int), np.zeros(3, int), 1, owners)
 
 
+def test_a_block_is_no_data_set(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("data: {dataset: {name: npz}, partition: iid}\nmodel: cnn\nalgorithm: fedavg\n")
+    with pytest.raises(configs.ConfigError, match="data.dataset = .* must be a name or <module>:"):
+        configs.read(path)
+
+
 def test_a_name_that_is_no_data_set_is_refused_with_the_nearest(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("data: {dataset: mnits, partition: iid}\nmodel: cnn\nalgorithm: fedavg\n")

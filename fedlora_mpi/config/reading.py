@@ -346,10 +346,9 @@ def _build_data(value: Any, key: str, origin: Origin) -> DataBlock:
 
 
 def _read_dataset(value: Any, key: str, origin: Origin) -> str:
-    name, options = blocks.split_choice("name", DATASETS, "<module>:<function>", value, key, origin)
-    if options or not isinstance(value, str):
-        raise origin.error(key, "must be a name, or <module>:<function>", value)
-    return name
+    if isinstance(value, Mapping):
+        raise origin.error(key, "must be a name or <module>:<function>, not a block", value)
+    return blocks.split_choice("", DATASETS, "<module>:<function>", value, key, origin)[0]
 
 
 def _build_partition(value: Any, key: str, origin: Origin) -> Partition:

@@ -133,7 +133,10 @@ def _read_table(folder: str, key: str, settings: Text) -> Table:
 
 
 def column_index(header: Row, key: str, column: str, file: str) -> int:
-    """Return the index of a column, which ``key`` names; raise ValueError unless the header names it exactly once."""
+    """Return the index of a column, which the setting ``key`` names.
+
+    Raises ValueError unless the header names it exactly once.
+    """
     columns = [name.strip() for name in header.fields]
     if column not in columns:
         known_columns = ", ".join(map(_single_line, columns))

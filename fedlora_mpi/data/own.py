@@ -267,10 +267,8 @@ def _number_labels(
     names = [str(label) for label in known]
     hints = similar_label_hints(setting, names)
     if train.dtype.kind != "U":
-        hints += (
-            f"{setting}: the labels {_join_shown(known)} are classes 0 to {len(known) - 1}, in this "
-            "order",
-        )
+        last = len(known) - 1
+        hints += (f"{setting}: labels {_join_shown(known)} are classes 0 to {last}, in this order",)
     return y, tuple(names), len(known), hints
 
 
