@@ -11,7 +11,8 @@ from fedlora_mpi import config as configs
 from fedlora_mpi.data.csv_numbers import Table
 from fedlora_mpi.data.datasets import Source, load
 from fedlora_mpi.data.feed import Feed
-from fedlora_mpi.data.own import OwnData, check
+from fedlora_mpi.data.own import OwnData
+from fedlora_mpi.data.own_checks import check
 from fedlora_mpi.data.partition import GivenSplit
 from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.store.reader import RunFiles
@@ -148,6 +149,7 @@ def test_token_ids_reach_a_transformer_and_the_log(module):
     parts = build_tiny(f"data.dataset={module}:tokens", IID, "model=transformer")
     model = parts.federation.clients.trainer.model
     assert (model.tokens, model.shape, parts.token_settings) == (40, (7,), (40, 1))
+    assert f"module {module}" in parts.inventory["code"]
 
 
 def test_an_npz_file_holds_the_same_as_a_dict(tmp_path):

@@ -22,6 +22,7 @@ from . import own, pfllib
 from .csv_numbers import Table, read_tables
 from .csv_texts import read_ag_news, read_csv
 from .folders import read_folder, read_tiny_imagenet
+from .own_checks import check
 from .samples import LabelledTexts, RawData, Samples, to_samples
 from .texts import Text, Vocabulary
 
@@ -228,7 +229,7 @@ def _load_own(source: Source) -> Data:
         if source.is_function
         else _OWN_READERS[source.dataset](source)
     )
-    checked = own.check(arrays, source.place)
+    checked = check(arrays, source.place)
     transforms = source.augment if isinstance(source.augment, tuple) else ()
     mean, std = checked.mean, checked.std
     if mean is None or std is None:
