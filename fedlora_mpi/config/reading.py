@@ -22,7 +22,8 @@ import yaml
 
 from .. import algorithms
 from ..algorithm import Algorithm
-from ..data.datasets import Source
+from ..data.csv_numbers import Table
+from ..data.datasets import DATASETS, Source
 from ..data.partition import PARTITIONS, Partition
 from ..models import zoo
 from ..privacy.settings import Privacy
@@ -36,6 +37,7 @@ FREE_ON_RESUME = (
     "output",
     "checkpoint",
     "data.root",
+    "data.path",
     "data.download",
     "server_hosts_clients",
     "mix",
@@ -56,8 +58,16 @@ OMIT_IF_DEFAULT = {
 }
 COMMAND_LINE = "command line"
 # Overrides that are paths; those of the second tuple may also be null.
-_PATH_KEYS = ("output", "data.root", "data.text.train", "data.text.test", "model.folder")
-_NULLABLE_PATH_KEYS = ("data.text.tokenizer", "model.weights")
+_PATH_KEYS = (
+    "output",
+    "data.root",
+    "data.text.train",
+    "data.text.test",
+    "data.table.train",
+    "data.table.test",
+    "model.folder",
+)
+_NULLABLE_PATH_KEYS = ("data.text.tokenizer", "data.path", "model.weights")
 _CHECKSUM_PREFIX = "# Checksum of what follows: "
 _RESET_PREFIX = "# Hint: "
 _MAX_DEPTH = 20
@@ -178,6 +188,10 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         tree["data"]["tasks"] = blocks.to_plain(config.data.tasks)
     if not config.data.source.allow_pickle:
         del tree["data"]["allow_pickle"]
+    if config.data.source.path is None:
+        del tree["data"]["path"]
+    if config.data.source.table == Table():
+        del tree["data"]["table"]
     if config.privacy == Privacy():
         del tree["privacy"]
     if config.data.source.text.tokenizer is None:
@@ -320,7 +334,8 @@ def _build_data(value: Any, key: str, origin: Origin) -> DataBlock:
         "partition": Field(_build_partition),
         "tasks": blocks.config_fields(DataBlock)["tasks"],
     }
-    values = blocks.read_block(blocks.config_fields(Source) | extra_fields, value, key, origin, key)
+    known_fields = blocks.config_fields(Source) | {"dataset": Field(_read_dataset)} | extra_fields
+    values = blocks.read_block(known_fields, value, key, origin, key)
     extra_values = {name: values.pop(name) for name in extra_fields}
     return blocks.construct(
         DataBlock,
@@ -328,6 +343,12 @@ def _build_data(value: Any, key: str, origin: Origin) -> DataBlock:
         key,
         origin,
     )
+
+
+def _read_dataset(value: Any, key: str, origin: Origin) -> str:
+    if isinstance(value, Mapping):
+        raise origin.error(key, "must be a name or <module>:<function>, not a block", value)
+    return blocks.split_choice("", DATASETS, "<module>:<function>", value, key, origin)[0]
 
 
 def _build_partition(value: Any, key: str, origin: Origin) -> Partition:

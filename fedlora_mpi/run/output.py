@@ -159,8 +159,8 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
                 f"{folder}: "
                 f"{describe_difference(kind, recorded[kind], current[kind], reference)[1]}"
             )
-            root = f" in data.root = {assembly.config.data.source.root}" if kind == "data" else ""
-            raise ValueError(f"{text}; put back what was{root}, or start anew with another output")
+            place = f" in data.{assembly.config.data.source.place}" if kind == "data" else ""
+            raise ValueError(f"{text}; put back what was{place}, or start anew with another output")
     if platform_change:
         line = (
             f"{folder}: {platform_change}: from here on bits may differ from those of this run on "
@@ -292,12 +292,8 @@ def create_log(folder: Path, assembly: Assembly) -> None:
             "train_counts": split.train_counts,
             "test_counts": split.test_counts,
             "input_shape": np.array(assembly.input_shape, np.int64),
-            "input_tokens": np.array(
-                [assembly.vocabulary.size if assembly.vocabulary else 0], np.int64
-            ),
-            "input_padding": np.array(
-                [assembly.vocabulary.padding if assembly.vocabulary else 0], np.int64
-            ),
+            "input_tokens": np.array(assembly.token_settings[:1], np.int64),
+            "input_padding": np.array(assembly.token_settings[1:], np.int64),
             "digest": split.digest(),
         },
     ).close()
