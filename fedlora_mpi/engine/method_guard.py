@@ -13,7 +13,7 @@ from typing import TypeVar, cast, get_args
 
 from torch import Tensor
 
-from ..algorithm import Batch, Loss, Phase, Step, Variables, Visit
+from ..algorithm import Algorithm, Batch, Loss, Phase, Step, Variables, Visit
 from ..core.in_place import TreeState
 from ..core.names import display_name
 from ..core.tree import Tree
@@ -56,6 +56,11 @@ def with_checked_roles(model: Model) -> Model:
         for tree in (model.leaves, model.frozen_leaves)
     )
     return replace(model, leaves=leaves, frozen_leaves=frozen_leaves)
+
+
+def is_package_method(method: Algorithm) -> bool:
+    """Whether a method's class is one of this package."""
+    return type(method).__module__.startswith(f"{__package__.partition('.')[0]}.")
 
 
 @contextmanager
@@ -178,7 +183,7 @@ def _guard_loss(loss: Loss) -> Loss:
     def guarded_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
         # BatchNorm may write to its statistics, which are not trained
         trained = [{n: v for n, v in half.items() if v.requires_grad} for half in now[:2]]
-        with only_reads("a loss of local", *trained, *start[:2], _batch_tree(batch)):
+        with only_reads("a loss of local", *trained, *start[:2]):
             value = loss(now, start, batch)
         if not isinstance(value, Tensor) or value.dim():
             kind = (

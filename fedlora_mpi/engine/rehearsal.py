@@ -23,7 +23,7 @@ from ..core.tree import Tree, numel, tmap
 from ..data.feed import Feed
 from ..models.network import Model
 from ..models.zoo import is_external
-from .method_guard import MethodMistake, guard_items, need_layout
+from .method_guard import MethodMistake, guard_items, is_package_method, need_layout
 from .settings import Engine
 from .train import Trainer
 from .walk import Epoch, tmap_vars
@@ -179,8 +179,8 @@ def _training_error(error: Exception) -> ValueError:
 
 
 class _OneEpochTrainer(Trainer):
-    """A trainer that runs at most one epoch of every phase. Clients one by one are guarded: what
-    their losses and visits do wrong raises MethodMistake.
+    """A trainer that runs at most one epoch of every phase. A user's method is guarded where
+    clients train one by one: what its losses and visits do wrong raises MethodMistake.
     """
 
     def local(self, round_: int) -> Sequence[Phase | Visit]:
@@ -190,7 +190,11 @@ class _OneEpochTrainer(Trainer):
         return self._guard(_shorten(super().personalization(round_)))
 
     def _guard(self, items: list[Phase | Visit]) -> list[Phase | Visit]:
-        return items if self.stacked else guard_items(items)
+        # what such a network writes to is not the method's fault
+        network_writes = bool(self.model.effects.written_parameters)
+        if self.stacked or network_writes or is_package_method(self.algorithm):
+            return items
+        return guard_items(items)
 
 
 def _shorten(items: Sequence[Phase | Visit]) -> list[Phase | Visit]:
