@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from runs import TINY, package_lines
+from tiers import tiered_param
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.algorithm import LocalTraining
@@ -317,3 +318,89 @@ def test_a_change_of_a_tree_is_seen(write, change):
     state = TreeState.of(tree)
     write(tree)
     assert state.describe_change() == change
+
+
+RIGHT = [
+    "class",
+    "init",
+    "local",
+    "upload",
+    "server_update",
+    "training",
+    "stack",
+    "repetition",
+    "resume",
+]
+WRONG = {
+    "a misspelt role": (
+        MISTAKES["a misspelt role in init"][0],
+        {"init": 'init compares a role with "heads"; roles are body, head, norm, stats. Did you'},
+        ["class"],
+    ),
+    "a visit that writes": (
+        TRAINING_MISTAKES["a visit that writes"][0],
+        {"training": "a visit of local writes in place into seen"},
+        RIGHT[:5],
+    ),
+    "a loss that looks at numbers": (
+        LOSS.format(line="return fit(now, start, batch) if batch.x.sum().item() < 1e9 else None"),
+        {"stack": "cannot train in a stack (RuntimeError: vmap: It looks like you're calling .i"},
+        [*RIGHT[:6], *RIGHT[7:]],
+    ),
+    "a count outside": (
+        f"{UPLOAD}    COUNT[0] += 1\n"
+        "    return Upload({n: v * (1 + COUNT[0] / 1000) for n, v in end.shared.items()})",
+        {"repetition": "two runs of one config differ in their shared variables; draw random"},
+        RIGHT[:7],
+    ),
+    "a memory in the object": (
+        f"{UPDATE}    last = vars(self).get('last', aggregate.mean)\n"
+        "    object.__setattr__(self, 'last', aggregate.mean)\n"
+        "    return Update({n: (v + last[n]) / 2 for n, v in aggregate.mean.items()}, server)",
+        {"resume": "a resumed run differs from one without interruption in its shared variables"},
+        RIGHT[:8],
+    ),
+}
+
+
+def lines_by_check(out):
+    """{check: (level, text)} of what the command prints."""
+    lines = [line.split(maxsplit=2) for line in out.splitlines()]
+    return {check: (level, text) for level, check, text in lines}
+
+
+def test_a_right_method_passes_every_check(method, capsys, tmp_path):
+    name = method(
+        VISIT.format(line="return now._replace(personal={'seen.': start.personal['seen.'] + 1})")
+    )
+    before = set(tmp_path.iterdir())
+    assert main(["check", name]) == 0
+    results = lines_by_check(capsys.readouterr().out)
+    assert list(results) == RIGHT and {level for level, _ in results.values()} == {"ok"}
+    assert set(tmp_path.iterdir()) - before <= {tmp_path / "__pycache__"}
+
+
+LATE = ("a loss that looks at numbers", "a count outside")  # they train twice or more
+
+
+@pytest.mark.parametrize(
+    "case", [tiered_param(case, id=case, thorough=case in LATE) for case in WRONG]
+)
+def test_a_wrong_method_fails_the_check_that_shows_it(method, capsys, case):
+    body, mistakes, right = WRONG[case]
+    name = method(body, "COUNT = [0]\n@dataclass(frozen=True)\nclass Mine(Algorithm):")
+    assert main(["check", name]) == 2
+    results = lines_by_check(capsys.readouterr().out)
+    assert [check for check, (level, _) in results.items() if level == "ok"] == right
+    told = {check: text for check, (level, text) in results.items() if level == "mistake"}
+    assert told.keys() == mistakes.keys()
+    for check, mistake in mistakes.items():
+        assert f"algorithm.name = {name}: {mistake}" in told[check]
+
+
+def test_a_check_takes_settings_and_refuses_others(method, capsys):
+    name = method("mu: float = 0.1")
+    assert main(["check", name, "algorithm.nu=0.2"]) == 2
+    results = lines_by_check(capsys.readouterr().out)
+    assert "algorithm.nu = 0.2: my_method:Mine has no such field" in results["class"][1]
+    assert {level for check, (level, _) in results.items() if check != "class"} == {"skipped"}

@@ -91,7 +91,9 @@ def rehearse_engine(
             raise ValueError(f"algorithm.name = {method}: {mistake}") from None
         except ValueError as error:
             # of a network and a method the user's own one is at fault
-            is_method = is_external(method) and not is_external(name)
+            package = f"{__package__.partition('.')[0]}."
+            is_own_network = is_external(name) and not name.startswith(package)
+            is_method = is_external(method) and not is_own_network
             key, value = ("algorithm", method) if is_method else ("model", name)
             raise ValueError(f"{key}.name = {value}: {error}") from error.__cause__
         if verdict is None:
