@@ -8,8 +8,8 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,7 @@ from ..core.escapes import escape_line
 from ..engine.method_guard import describe_failure
 from ..engine.rehearsal import find_objection
 from ..federation.clients import ClientType
+from ..models.network import Model
 from ..mpi.comm import Solo
 from ..mpi.ending import CollectiveExit
 from ..run.assembly import build
@@ -64,7 +65,8 @@ def small_network(classes: int, shape: tuple[int, ...]) -> nn.Module:
     )
 
 
-class _Subject(NamedTuple):
+@dataclass(frozen=True)
+class _Subject:
     """What is checked: a method in the config of a tiny run, which is in ``folder``."""
 
     name: str
@@ -75,6 +77,12 @@ class _Subject(NamedTuple):
         """The config with a new object of the method."""
         file = self.folder / "check.yaml"
         return configs.read(file, [*self.overrides, f"algorithm.name={self.name}"])
+
+    @cached_property
+    def models(self) -> tuple[Model, ...]:
+        """The networks of the run."""
+        config = self.read_config()
+        return load_models(config, _SOURCE, load_data(config, _SOURCE))
 
 
 class _Check(NamedTuple):
@@ -131,9 +139,8 @@ def _check_class(subject: _Subject) -> None:
 
 
 def _check_hook(check: Callable[[MethodTrial], None], subject: _Subject) -> None:
-    config = subject.read_config()
+    config, models = subject.read_config(), subject.models
     clients = config.data.partition.clients
-    models = load_models(config, _SOURCE, load_data(config, _SOURCE))
     with prefix_errors(_SOURCE, "algorithm"):
         try_method(
             subject.name, config.algorithm, models, config.train, clients, config.seed, [check]
