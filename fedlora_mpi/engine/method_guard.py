@@ -249,8 +249,8 @@ def _check_phase(hook: str, what: str, phase: Phase, leaves: Sequence[str]) -> N
         )
     for number, step in enumerate(phase.steps, 1):
         trained = [n for n in leaves if call(f"{hook}: trains(leaf)", partial(step.trains, n))]
-        if phase.epochs and not trained:
+        if phase.epochs and leaves and not trained:
             raise MethodMistake(
                 f"{hook}: step {number} of {what} trains no leaf: its trains(leaf) is False for "
-                f"all {len(leaves)} of them, such as {leaves[0] if leaves else 'none'}"
+                f"all {len(leaves)} of them, such as {leaves[0]}"
             )
