@@ -6,7 +6,7 @@ adds the client axis and ``mpi/`` adds the rank axis. Neither appears here or in
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Generator, Tensor
@@ -435,6 +435,26 @@ def _check_hooks(cls: type[Algorithm]) -> None:
                 f"{cls.__name__}.{hook}({', '.join(names[1:])}): must take "
                 f"({', '.join(expected[1:])}); {page}"
             )
+
+
+def dataclass_mistake(cls: type[Algorithm]) -> str:
+    """Why a class is not the frozen dataclass that its fields need, with the way out; "" if it is.
+
+    A subclass without fields of its own may leave the decorator to its base.
+    """
+    way_out = "put @dataclass(frozen=True) above the class"
+    if not is_dataclass(cls):
+        return f"must be a frozen dataclass; {way_out}"
+    if not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        return f"is a dataclass that is not frozen; {way_out}"
+    new_fields = [
+        n
+        for n, annotation in inspect.get_annotations(cls).items()
+        if not hasattr(Algorithm, n) and "ClassVar" not in str(annotation)
+    ]
+    if new_fields and "__dataclass_params__" not in vars(cls):
+        return f"is no dataclass of its own, so {new_fields[0]} is no field; {way_out}"
+    return ""
 
 
 def low_rank_of(initial: Variables) -> dict[str, int]:

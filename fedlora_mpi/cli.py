@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   fedlora-mpi pretrain configs/cifar10.yaml --to net.safetensors   a backbone for model.weights=net.safetensors
   fedlora-mpi submit configs/cifar10.yaml --gpus 4            as a Slurm job that requeues itself until done
   fedlora-mpi doctor configs/cifar10.yaml                     does everything work on this machine?
+  fedlora-mpi check held_per:HeldPer                          is a method of your own right?
   fedlora-mpi export runs/a --client 7 --to adapter-7         its low-rank part, for Hugging Face's peft
   fedlora-mpi export runs/a --client 7 --to model.pt          its own model, a state dict; without --client what all share
   fedlora-mpi export runs/a --to results.h5                   rs_test_acc and rs_train_loss, as PFLlib keeps them

@@ -13,7 +13,6 @@ from fedlora_mpi.algorithms.pfedlora import PFedLoRA
 from fedlora_mpi.run.hints import untrained_parts
 from fedlora_mpi.store.reader import RunFiles
 
-
 IID = ["data.partition.kind=iid", "data.partition.train=20", "data.partition.test=5"]
 
 

@@ -1,6 +1,7 @@
 """The commands, one file each, in the order in which ``--help`` lists them."""
 
 from . import (
+    check,
     config,
     digest,
     doctor,
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "digest": digest.COMMAND,
     "export": export.COMMAND,
     "doctor": doctor.COMMAND,
+    "check": check.COMMAND,
     "pretrain": pretrain.COMMAND,
     "submit": submit.COMMAND,
     "reproduce": reproduce.COMMAND,

@@ -21,7 +21,7 @@ from typing import Any, cast
 import yaml
 
 from .. import algorithms
-from ..algorithm import Algorithm
+from ..algorithm import Algorithm, dataclass_mistake
 from ..data.csv_numbers import Table
 from ..data.datasets import DATASETS, Source
 from ..data.partition import PARTITIONS, Partition
@@ -402,8 +402,8 @@ def _build_algorithm(value: Any, key: str, origin: Origin) -> Algorithm:
         cls = algorithms.find_algorithm(name)
     except ValueError as error:
         raise origin.refusal(key, error) from None
-    if not is_dataclass(cls):
-        raise origin.error(blocks.dotted_key(key, "name"), "must be a frozen dataclass", name)
+    if mistake := dataclass_mistake(cls):
+        raise origin.error(blocks.dotted_key(key, "name"), mistake, name)
     return blocks.build_block(cls, options, key, origin, owner=name)
 
 
