@@ -80,6 +80,9 @@ def _execute(args: argparse.Namespace) -> int:
     from .mpi.ending import run_or_abort
     from .mpi.launch import is_launched, limit_startup
 
+    launch = args.command.launch
+    if launch is not None and args.ranks is not None and not is_launched():
+        return run_or_abort(Solo(), lambda: launch(args))
     parallel = args.command.parallel
     try:
         with limit_startup(_start_timeout(args)) if parallel and is_launched() else nullcontext():

@@ -181,8 +181,10 @@ def function_command(module: str, name: str) -> list[str]:
     ]
 
 
-def launch_command(ranks: int) -> list[str]:
+def launch_command(ranks: int, is_tolerant: bool = False) -> list[str]:
     """Return the command line up to the subcommand.
+
+    is_tolerant: the launcher lets ranks continue when one dies (``--with-ft ulfm``).
 
     Raises ValueError when several ranks are requested but there is no mpirun.
     """
@@ -192,6 +194,8 @@ def launch_command(ranks: int) -> list[str]:
     launcher = find_mpirun()
     if launcher is None:
         raise ValueError(
-            f"--ranks = {ranks}: no mpirun beside {sys.executable} or on PATH; use --ranks 1"
+            f"--ranks = {ranks}: no mpirun beside {sys.executable} or on PATH; use --ranks 1, or "
+            "pip install 'fedlora-mpi[mpi]'"
         )
-    return [launcher, "-n", str(ranks), "--bind-to", "none", *python]
+    tolerance = ["--with-ft", "ulfm"] if is_tolerant else []
+    return [launcher, *tolerance, "-n", str(ranks), "--bind-to", "none", *python]

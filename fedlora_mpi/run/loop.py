@@ -2,9 +2,7 @@
 
 import json
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -55,13 +53,14 @@ from .output import (
     write_descriptions,
 )
 from .progress import Progress
+from .stopping import StopRequests, collect_interrupts, collect_stop_signals, lost_rounds_line
 
 STOPPED_EXIT = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
 
 
 def start(config: Config, source: str, comm: Comm) -> int:
     """Train from round 1 into a new run folder; returns the exit code."""
-    folder, stop_requests = expand_home(config.output), _collect_stop_signals()
+    folder, stop_requests = expand_home(config.output), collect_stop_signals()
 
     def start_anew(comm):
         return _start_new_run(folder, config, source, comm, stop_requests)
@@ -73,7 +72,7 @@ def start(config: Config, source: str, comm: Comm) -> int:
 
 
 def _start_or_continue(
-    folder: Path, config: Config, source: str, comm: Comm, stop_requests: Sequence[int]
+    folder: Path, config: Config, source: str, comm: Comm, stop_requests: StopRequests
 ) -> int:
     """Train the rounds after the newest checkpoint, or all into a new folder."""
     if not run_exists(folder, comm):
@@ -83,7 +82,7 @@ def _start_or_continue(
 
 
 def _start_new_run(
-    folder: Path, config: Config, source: str, comm: Comm, stop_requests: Sequence[int]
+    folder: Path, config: Config, source: str, comm: Comm, stop_requests: StopRequests
 ) -> int:
     """Train all rounds into a new run folder; returns the exit code."""
 
@@ -108,7 +107,7 @@ def start_or_resume(config: Config, source: str, comm: Comm) -> int:
 
     Refuses to continue with settings that a resume may not change.
     """
-    folder, stop_requests = expand_home(config.output), _collect_stop_signals()
+    folder, stop_requests = expand_home(config.output), collect_stop_signals()
 
     def start_or_continue(comm):
         return _start_or_continue(folder, config, source, comm, stop_requests)
@@ -122,7 +121,7 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
     The number of ranks may differ. A run without a checkpoint begins again.
     """
     config, comm = receive_config(comm, lambda: recorded_config(folder, overrides))
-    stop_requests = _collect_stop_signals()
+    stop_requests = collect_stop_signals()
 
     def go_on(comm):
         return _continue_run(folder, config, comm, stop_requests)
@@ -130,7 +129,7 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
     return run_tolerant(config.faults, str(folder / "config.yaml"), folder, comm, go_on, go_on)
 
 
-def _continue_run(folder: Path, config: Config, comm: Comm, stop_requests: Sequence[int]) -> int:
+def _continue_run(folder: Path, config: Config, comm: Comm, stop_requests: StopRequests) -> int:
     """Train the rounds of ``config`` that the folder does not have; returns the exit code."""
     assembly = build(config, str(folder / "config.yaml"), comm)
     check_shared_folder(folder, comm)
@@ -192,7 +191,7 @@ def _hold_on_rank_0(comm: Comm, acquire: Callable[[], AbstractContextManager]) -
         yield
 
 
-def _train(assembly: Assembly, state: State, folder: Path, stop_requests: Sequence[int]) -> int:
+def _train(assembly: Assembly, state: State, folder: Path, stop_requests: StopRequests) -> int:
     """Train the rounds that are left, or until a stop request; returns the exit code."""
     config, comm = assembly.config, assembly.federation.comm
     federation = assembly.federation
@@ -218,7 +217,8 @@ def _train(assembly: Assembly, state: State, folder: Path, stop_requests: Sequen
             rounds.tell_recovery,
         )
         training = Training(federation, state, saved_round=state.round)
-        state = train_to_end(training, rounds.advance, survival)
+        with collect_interrupts(stop_requests, rounds.lost_line, tells=log is not None):
+            state = train_to_end(training, rounds.advance, survival)
     is_done = state.round >= config.rounds
     if log:
         print(
@@ -254,7 +254,7 @@ class _Rounds:
         self,
         assembly: Assembly,
         folder: Path,
-        stop_requests: Sequence[int],
+        stop_requests: StopRequests,
         log: Log | None,
         sinks: Sequence[Sink],
         first_round: int,
@@ -279,10 +279,10 @@ class _Rounds:
             return training._replace(is_done=True)
         round_ = state.round + 1
         evaluate = round_ == config.rounds or round_ % config.evaluate.every == 0
-        state, row, clients = run_round(federation, state, evaluate, bool(self._stop_requests))
+        state, row, clients = run_round(federation, state, evaluate, self._stop_requests)
         if self._log and config.privacy.is_differential:
             row["epsilon"] = federation.cohorts.epsilon(round_)
-        self._stops = row.pop("stop")
+        self._stops = row.pop("stop") or federation.comm.size == 1 and bool(self._stop_requests)
         self._log_round(round_, row, clients)
         training = training._replace(state=state)
         begin_round(training)
@@ -290,6 +290,10 @@ class _Rounds:
             workers = worker_ranks(config, federation.comm.size)
             federation, state = rebalance(federation, state, workers, config.mix)
         return training._replace(federation=federation, state=state)
+
+    def lost_line(self) -> str:
+        """Which rounds are lost if the run ends now."""
+        return lost_rounds_line(self._folder, self._logged_round, self._config.rounds)
 
     def tell_recovery(self, line: str) -> None:
         """Report a recovery after a rank failure; the rounds that follow may still be stopped."""
@@ -344,13 +348,3 @@ def _warn_of_numbers(round_: int, row: dict) -> None:
             "of the log",
             file=sys.stderr,
         )
-
-
-def _collect_stop_signals() -> list[int]:
-    """A list that SIGUSR1 fills: the run then stops at the next round boundary, with a checkpoint.
-    In another thread than the first, which gets no signals, it stays empty.
-    """
-    stop_requests: list[int] = []
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR1, lambda number, frame: stop_requests.append(number))
-    return stop_requests
