@@ -270,7 +270,8 @@ class _Rounds:
         Raises RankLost; ``training`` is then as before.
         """
         config, (federation, state, saved_round, _) = self._config, training
-        is_last = self._stops or state.round >= config.rounds
+        is_alone_and_asked = federation.comm.size == 1 and bool(self._stop_requests)
+        is_last = self._stops or is_alone_and_asked or state.round >= config.rounds
         if saved_round < state.round and (is_last or state.round % config.checkpoint.every == 0):
             save_checkpoint(replace(self._assembly, federation=federation), self._folder, state)
             return training._replace(saved_round=state.round)
@@ -282,7 +283,7 @@ class _Rounds:
         state, row, clients = run_round(federation, state, evaluate, self._stop_requests)
         if self._log and config.privacy.is_differential:
             row["epsilon"] = federation.cohorts.epsilon(round_)
-        self._stops = row.pop("stop") or federation.comm.size == 1 and bool(self._stop_requests)
+        self._stops = row.pop("stop")
         self._log_round(round_, row, clients)
         training = training._replace(state=state)
         begin_round(training)
