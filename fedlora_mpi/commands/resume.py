@@ -27,9 +27,9 @@ def execute(args: argparse.Namespace, comm: "Comm") -> int:
 
 def launch(args: argparse.Namespace) -> int:
     """Continue a run on several ranks of this machine."""
-    from ..run.output import recorded_config
+    from ..run.output import config_to_resume
 
-    settings = read_or_refuse(args, lambda: recorded_config(args.run, args.overrides))
+    settings = read_or_refuse(args, lambda: config_to_resume(args.run, args.overrides))
     arguments = ["resume", "--ranks", str(args.ranks), "--", str(args.run), *args.overrides]
     return launch_training(args, arguments, settings, args.run)
 

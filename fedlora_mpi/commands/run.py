@@ -13,8 +13,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``run``."""
     add_config_argument(parser)
-    parser.add_argument(
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
         "--resume", action="store_true", help="go on with the run folder if it is there"
+    )
+    existing.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the run folder if it is there and holds nothing but a run",
     )
     add_ranks_argument(parser)
     add_override_arguments(parser)
@@ -26,9 +32,10 @@ def execute(args: argparse.Namespace, comm: "Comm") -> int:
     from ..run import loop
 
     check_ranks(args, comm)
-    train = loop.start_or_resume if args.resume else loop.start
     settings, comm = loop.receive_config(comm, lambda: config.read(args.config, args.overrides))
-    return train(settings, args.config, comm)
+    if args.resume:
+        return loop.start_or_resume(settings, args.config, comm)
+    return loop.start(settings, args.config, comm, args.overwrite)
 
 
 def launch(args: argparse.Namespace) -> int:
@@ -37,7 +44,7 @@ def launch(args: argparse.Namespace) -> int:
     from ..core.paths import expand_home
 
     settings = read_or_refuse(args, lambda: config.read(args.config, args.overrides))
-    flags = ["--resume"] if args.resume else []
+    flags = [f"--{name}" for name in ("resume", "overwrite") if getattr(args, name)]
     arguments = ["run", *flags, "--ranks", str(args.ranks), "--", args.config, *args.overrides]
     return launch_training(args, arguments, settings, expand_home(settings.output))
 

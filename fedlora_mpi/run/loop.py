@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from ..resilience.recovery import (
     train_to_end,
     with_replicas,
 )
-from ..store import nolinks
+from ..store import nolinks, replacing
 from ..store.lock import hold_lock
 from ..store.log import Log
 from ..store.run_folder import create_run_folder
@@ -46,9 +46,9 @@ from .output import (
     adopt_recorded_engine,
     check_shared_folder,
     check_unchanged,
+    config_to_resume,
     create_log,
     fill_run_folder,
-    recorded_config,
     run_exists,
     write_descriptions,
 )
@@ -58,14 +58,20 @@ from .stopping import StopRequests, collect_interrupts, collect_stop_signals, lo
 STOPPED_EXIT = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
 
 
-def start(config: Config, source: str, comm: Comm) -> int:
-    """Train from round 1 into a new run folder; returns the exit code."""
+def start(config: Config, source: str, comm: Comm, overwrite: bool = False) -> int:
+    """Train from round 1 into a new run folder; returns the exit code.
+
+    overwrite: a run folder of the same name is replaced, once this one can begin.
+    """
     folder, stop_requests = expand_home(config.output), collect_stop_signals()
+    created: list[Path] = []  # on rank 0, which a run does not outlive
 
     def start_anew(comm):
-        return _start_new_run(folder, config, source, comm, stop_requests)
+        return _start_new_run(folder, config, source, comm, stop_requests, overwrite, created)
 
     def start_or_continue(comm):
+        if overwrite and comm.broadcast(b"1" if created else b"0") == b"0":
+            return start_anew(comm)
         return _start_or_continue(folder, config, source, comm, stop_requests)
 
     return run_tolerant(config.faults, source, folder, comm, start_anew, start_or_continue)
@@ -82,23 +88,49 @@ def _start_or_continue(
 
 
 def _start_new_run(
-    folder: Path, config: Config, source: str, comm: Comm, stop_requests: StopRequests
+    folder: Path,
+    config: Config,
+    source: str,
+    comm: Comm,
+    stop_requests: StopRequests,
+    overwrite: bool = False,
+    created: list[Path] | None = None,
 ) -> int:
-    """Train all rounds into a new run folder; returns the exit code."""
+    """Train all rounds into a new run folder; returns the exit code.
 
-    def refuse_existing() -> None:
-        if comm.rank == 0 and os.path.lexists(folder):
+    created: gets the folder when it is there. A run that has finished no round is replaced too.
+    """
+
+    def check_room() -> bool:
+        if comm.rank != 0 or not os.path.lexists(folder):
+            return False
+        if overwrite:
+            replacing.check_replaceable(folder)
+        elif not replacing.has_no_round(folder):
             raise ValueError(
-                f"{source}: output = {folder}: the folder exists; continue it with "
-                f"'fedlora-mpi resume {folder}' or choose another with output=..."
+                f"{source}: output = {folder}: the folder exists; continue it with 'fedlora-mpi "
+                f"resume {folder}', choose another with output=..., or replace it with --overwrite"
             )
+        else:
+            line = f"{folder}: replaces a run that has finished no round"
+            print(f"fedlora-mpi: {escape_line(line)}", file=sys.stderr, flush=True)
+        return True
 
-    collectively(comm, refuse_existing)
+    replaces = collectively(comm, check_room)
     assembly = build(config, source, comm)
     check_shared_folder(folder, comm)
+
+    def make_room() -> AbstractContextManager:
+        return replacing.set_aside(folder) if replaces else nullcontext()
+
     with _hold_on_rank_0(
-        comm, lambda: create_run_folder(folder, lambda draft: fill_run_folder(draft, assembly))
+        comm,
+        lambda: create_run_folder(
+            folder, lambda draft: fill_run_folder(draft, assembly), make_room
+        ),
     ):
+        if created is not None:
+            created.append(folder)
         return _train(assembly, initial_state(assembly), folder, stop_requests)
 
 
@@ -120,7 +152,7 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
 
     The number of ranks may differ. A run without a checkpoint begins again.
     """
-    config, comm = receive_config(comm, lambda: recorded_config(folder, overrides))
+    config, comm = receive_config(comm, lambda: config_to_resume(folder, overrides))
     stop_requests = collect_stop_signals()
 
     def go_on(comm):
@@ -136,6 +168,11 @@ def _continue_run(folder: Path, config: Config, comm: Comm, stop_requests: StopR
     collectively(comm, lambda: check_unchanged(folder, assembly) if comm.rank == 0 else None)
     with _hold_on_rank_0(comm, lambda: hold_lock(folder)):
         snapshot = find_newest(folder, assembly)
+        if snapshot and snapshot.round > config.rounds:
+            if comm.rank == 0:
+                line = f"rounds = {config.rounds}: {folder} has {snapshot.round} rounds already"
+                print(f"fedlora-mpi: {escape_line(line)}; nothing is changed", file=sys.stderr)
+            return 0
         collectively(
             comm, lambda: _restore_files(folder, snapshot, assembly) if comm.rank == 0 else None
         )
