@@ -90,6 +90,8 @@ def test_every_command_has_its_own_help(name, capsys):
         main([name, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and text.startswith(f"usage: fedlora-mpi {name} ")
+    examples = re.findall(r"^  (?:mpirun .*)?fedlora-mpi (\w+) ", text, re.MULTILINE)
+    assert examples and set(examples) == {name} and "exit codes: 0 done" in text
 
 
 def test_the_examples_name_configs_that_are_there(capsys):
@@ -110,6 +112,13 @@ def test_an_incomplete_command_line_shows_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2 and capsys.readouterr().err.startswith("usage: fedlora-mpi")
+
+
+def test_what_may_be_left_out_is_not_called_required(capsys):
+    for name in ("run", "config", "plan", "submit"):
+        with pytest.raises(SystemExit):
+            main([name])
+        assert "are required: config\n" in capsys.readouterr().err
 
 
 @pytest.mark.thorough  # four processes
