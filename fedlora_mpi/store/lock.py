@@ -7,15 +7,18 @@ import errno
 import fcntl
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core.disk_errors import explain_write_errors
 from . import nolinks
 from .files import StoreError
 
+# seconds between attempts: ``is_held`` holds the lock for a moment
+_RETRY_DELAYS = (0.01, 0.02, 0.05)
 # Lustre mounted without flock, some NFS
 UNSUPPORTED_ERRNOS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -45,8 +48,32 @@ def hold_lock(run: Path, root: Path | None = None) -> Iterator[None]:
         os.close(handle)
 
 
+def is_held(run: Path) -> bool | None:
+    """Return whether a process holds the lock of a run, so that it is going on; None: unknown.
+
+    The lock is tried for a moment, shared, so that readers do not see each other.
+    """
+    try:
+        handle = nolinks.open_handle(Path(run) / ".lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return False
+
+
 def _acquire(path: Path, handle: int) -> None:
-    """Lock the open file ``handle`` without waiting. Raises StoreError when it is in use."""
+    """Lock the open file ``handle`` and return soon. Raises StoreError when it is in use."""
+    for seconds in _RETRY_DELAYS:
+        with suppress(OSError):
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(seconds)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
