@@ -100,5 +100,5 @@ def _pass_signals_on(process: subprocess.Popen, interrupts: list[int]) -> Iterat
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, former in previous.items():
+            signal.signal(number, former)
