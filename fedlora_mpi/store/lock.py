@@ -10,15 +10,15 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..core.disk_errors import explain_write_errors
 from . import nolinks
 from .files import StoreError
 
-# seconds between attempts: ``is_held`` holds the lock for a moment
-_RETRY_DELAYS = (0.01, 0.02, 0.05)
+# seconds after each attempt: ``is_held`` holds the lock for a moment
+_RETRY_DELAYS = (0.01, 0.02, 0.05, 0.0)
 # Lustre mounted without flock, some NFS
 UNSUPPORTED_ERRNOS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -71,20 +71,18 @@ def is_held(run: Path) -> bool | None:
 def _acquire(path: Path, handle: int) -> None:
     """Lock the open file ``handle`` and return soon. Raises StoreError when it is in use."""
     for seconds in _RETRY_DELAYS:
-        with suppress(OSError):
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        time.sleep(seconds)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(handle, 1000, 0).decode().strip() or "another process"
-        raise StoreError(
-            f"{path}: in use by {owner}; wait for it, stop it, or choose another output"
-        ) from None
-    except OSError as why:
-        if why.errno not in UNSUPPORTED_ERRNOS:
-            raise
-        warnings.warn(
-            f"{path}: this file system has no locks; start no second run in this folder",
-            stacklevel=4,
-        )
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(seconds)
+        except OSError as why:
+            if why.errno not in UNSUPPORTED_ERRNOS:
+                raise
+            warnings.warn(
+                f"{path}: this file system has no locks; start no second run in this folder",
+                stacklevel=4,
+            )
+            return
+    owner = os.pread(handle, 1000, 0).decode().strip() or "another process"
+    raise StoreError(f"{path}: in use by {owner}; wait for it, stop it, or choose another output")
