@@ -2,7 +2,7 @@
 
 import pytest
 import small
-from runs import TINY
+from runs import TINY, build_tiny
 from small import make_model
 
 from fedlora_mpi.algorithm import LocalTraining
@@ -10,7 +10,7 @@ from fedlora_mpi.algorithms import algorithm_names, find_algorithm
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.fedrep import FedRep
 from fedlora_mpi.algorithms.pfedlora import PFedLoRA
-from fedlora_mpi.run.hints import untrained_parts
+from fedlora_mpi.run.hints import run_hints, untrained_parts
 from fedlora_mpi.store.reader import RunFiles
 
 IID = ["data.partition.kind=iid", "data.partition.train=20", "data.partition.test=5"]
@@ -60,14 +60,22 @@ def test_a_run_tells_it_once_and_its_report_shows_it(call, tmp_path):
     assert code == 0 and out.splitlines()[-1] == f"{run}: {hints[0].removeprefix('hint: ')}"
 
 
-def test_a_reset_key_is_in_the_report_and_a_plain_run_has_no_hint(call, tmp_path):
+def test_ranks_are_recommended_only_where_there_is_a_launcher(monkeypatch):
+    monkeypatch.setattr("fedlora_mpi.run.hints.os.cpu_count", lambda: 8)
+    for launcher, count in (("mpirun", 1), (None, 0)):
+        monkeypatch.setattr("fedlora_mpi.run.hints.find_mpirun", lambda found=launcher: found)
+        lines = [line for line in run_hints(build_tiny()) if "cores are busy" in line]
+        assert lines == ["1 of 8 cores are busy; --ranks 9 would use them all"] * count
+
+
+def test_a_reset_key_is_told_and_recorded_but_is_no_doubt_of_the_report(call, tmp_path):
     for name, overrides in (("a", IID), ("b", [])):
         run = tmp_path / name
         code, _, err = call("run", TINY, *overrides, "rounds=1", f"output={run}")
         assert code == 0 and "drift is exactly" not in err
+        told = [line for line in err.splitlines() if " is reset to the default by " in line]
+        keys = [line.removeprefix("hint: ").split(" = ")[0] for line in told]
+        assert keys == (["data.partition.alpha", "data.partition.minimum"] if overrides else [])
         text = (run / "config.yaml").read_text()
-        hints = RunFiles(run).hints
-        assert [h.split(" = ")[0] for h in hints] == (
-            ["data.partition.alpha", "data.partition.minimum"] if overrides else []
-        )
-        assert all(f"# Hint: {hint}\n" in text for hint in hints)
+        assert all(f"# Hint: {line.removeprefix('hint: ')}\n" in text for line in told)
+        assert RunFiles(run).hints == []

@@ -16,7 +16,8 @@ class Command(NamedTuple):
 
     add_arguments: adds the arguments to a parser; execute: (parsed arguments, communicator) -> exit
     code; parallel: whether it may run under mpirun; trains: whether it continues when nobody reads
-    its output; imports: whether a config may name classes of the working folder.
+    its output; imports: whether a config may name classes of the working folder; launch: (parsed
+    arguments) -> exit code, obeys ``--ranks`` if the command has that option.
 
     A command imports what it needs inside ``execute``, so that ``--help`` is quick and a broken
     library gives a one-line error.
@@ -28,6 +29,7 @@ class Command(NamedTuple):
     parallel: bool = False
     trains: bool = False
     imports: bool = True
+    launch: Callable[[argparse.Namespace], int] | None = None
 
 
 def add_config_argument(parser: argparse.ArgumentParser, help_: str = "a YAML file") -> None:
@@ -37,7 +39,19 @@ def add_config_argument(parser: argparse.ArgumentParser, help_: str = "a YAML fi
 
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that override settings of a config."""
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES_HELP)
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help=OVERRIDES_HELP
+    )
+
+
+def add_ranks_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for the number of ranks on this machine."""
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="R",
+        help="start so many processes on this machine by mpirun: a server and R - 1 workers",
+    )
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from .. import config as configs
 from ..algorithm import Algorithm, LocalTraining, phases_of
 from ..components.lowrank import join_first, skipped_weights
 from ..models.network import Model
+from ..mpi.launch import find_mpirun
 from .assembly import Assembly
 from .engine_choice import worker_ranks
 
@@ -35,9 +36,10 @@ def run_hints(assembly: Assembly) -> list[str]:
         engine.device == "cpu"
         and used_cores <= cores // 2
         and available_workers < len(placement.groups)
+        and find_mpirun()
     ):
         lines.append(
-            f"{used_cores} of {cores} cores are busy; mpirun -n {cores // engine.threads + 1} "
+            f"{used_cores} of {cores} cores are busy; --ranks {cores // engine.threads + 1} "
             "would use them all"
         )
     return lines + _decomposition_hints(assembly)
