@@ -349,28 +349,27 @@ def test_a_field_joins_a_bare_name(write):
 @pytest.mark.parametrize(
     "override", ["algorithm=fedlora", "algorithm.name=fedlora", "algorithm={name: fedlora}"]
 )
-def test_the_same_choice_keeps_the_block(write, capsys, override):
+def test_the_same_choice_keeps_the_block(write, override):
     config = read(write(GOOD), [override])
     assert config == read(write(GOOD)) and config.algorithm.lora_epochs == 1
-    assert not config.resets and not capsys.readouterr().err
+    assert not config.resets
 
 
 def test_a_block_given_as_empty_brings_the_defaults_back(write):
     assert read(write(GOOD), ["algorithm={}", "algorithm.name=fedlora"]).algorithm.lora_epochs == 2
 
 
-def test_another_choice_keeps_what_means_the_same_and_tells_the_rest(write, capsys):
+def test_another_choice_keeps_what_means_the_same_and_tells_the_rest(write):
     write(GOOD, "base.yaml")
     text = "base: base.yaml\ndata: {partition: {kind: dirichlet_class, clients: 7, seed: 9, alpha: 0.7}}\n"
     path = write(text, "child.yaml")
-    capsys.readouterr()
     config = read(path, ["data.partition.kind=iid"])
     partition = config.data.partition
     assert (type(partition).__name__, partition.clients, partition.seed) == ("Iid", 7, 9)
     (line,) = config.resets
-    assert line.startswith(f"data.partition.alpha = 0.7 ({path}) is reset to the default by ")
-    assert line.endswith("data.partition.kind = iid (command line)")
-    assert capsys.readouterr().err.splitlines()[-1] == f"hint: {line}"
+    assert line == (
+        f"data.partition.kind = iid (command line) resets data.partition.alpha = 0.7 ({path})"
+    )
 
 
 @pytest.mark.parametrize(
@@ -392,7 +391,11 @@ def test_a_field_is_kept_if_both_methods_have_it_from_one_class(write, old, new,
         write(with_line("algorithm", f"algorithm: {{name: {old}}}")), [f"algorithm={new}"]
     )
     assert {name: getattr(config.algorithm, name) for name in kept} == kept
-    assert [line.split(" = ")[0] for line in config.resets] == [f"algorithm.{n}" for n in reset]
+    told = " ".join(config.resets)
+    assert len(config.resets) == bool(reset) and told.count("algorithm.") == len(reset) + bool(
+        reset
+    )
+    assert all(f"algorithm.{name} = " in told for name in reset)
 
 
 def test_a_key_that_is_written_again_is_not_told(write):

@@ -73,9 +73,10 @@ def test_a_reset_key_is_told_and_recorded_but_is_no_doubt_of_the_report(call, tm
         run = tmp_path / name
         code, _, err = call("run", TINY, *overrides, "rounds=1", f"output={run}")
         assert code == 0 and "drift is exactly" not in err
-        told = [line for line in err.splitlines() if " is reset to the default by " in line]
-        keys = [line.removeprefix("hint: ").split(" = ")[0] for line in told]
-        assert keys == (["data.partition.alpha", "data.partition.minimum"] if overrides else [])
+        told = [line for line in err.splitlines() if " resets " in line]
+        assert len(told) == bool(overrides)
+        keys = ("data.partition.alpha = 0.7 (", "data.partition.minimum = 5 (")
+        assert all(key in line for line in told for key in keys)
         text = (run / "config.yaml").read_text()
         assert all(f"# Hint: {line.removeprefix('hint: ')}\n" in text for line in told)
         assert RunFiles(run).hints == []

@@ -1,9 +1,13 @@
 """The description of a command, which each file of this folder defines."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 OVERRIDES_HELP = (
     "settings of the config by their dotted names, for instance train.lr=0.05 algorithm=fedavg; "
@@ -67,3 +71,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def as_keywords(args: argparse.Namespace, *excluded: str) -> dict[str, Any]:
     """Return the arguments as keyword arguments, without ``excluded``."""
     return {name: value for name, value in vars(args).items() if name not in ("command", *excluded)}
+
+
+def tell_resets(config: "Config") -> "Config":
+    """Say on stderr which keys the overrides of ``config`` have reset; returns ``config``."""
+    for line in config.resets:
+        print(f"hint: {line}", file=sys.stderr, flush=True)
+    return config

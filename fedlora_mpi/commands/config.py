@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from .command import Command, add_config_argument, add_override_arguments
+from .command import Command, add_config_argument, add_override_arguments, tell_resets
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -17,11 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Print every setting of a config and where it comes from."""
-    from ..config import annotated_yaml
+    from ..config import annotated_yaml, read
     from ..core.escapes import escape_lines
     from ..mpi.ending import collectively
 
-    text = collectively(comm, lambda: annotated_yaml(args.config, args.overrides))
+    def annotate() -> str:
+        tell_resets(read(args.config, args.overrides))
+        return annotated_yaml(args.config, args.overrides)
+
+    text = collectively(comm, annotate)
     print(escape_lines(text), end="", flush=True)
     return 0
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Command, add_config_argument, add_override_arguments
+from .command import Command, add_config_argument, add_override_arguments, tell_resets
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -36,7 +36,7 @@ def _show_partition(args: argparse.Namespace) -> None:
     from ..core.escapes import escape_line, escape_lines
     from ..run.parts import load_data, split_data, tell_hints
 
-    config = read(args.config, args.overrides)
+    config = tell_resets(read(args.config, args.overrides))
     if args.to and args.to[0] != "pfllib":
         raise ValueError(f"--to {args.to[0]}: is no format; there is pfllib")
     data = load_data(config, args.config)

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from .command import Command, add_config_argument, add_override_arguments
+from .command import Command, add_config_argument, add_override_arguments, tell_resets
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -47,7 +47,12 @@ def execute(args: argparse.Namespace, comm: "Comm") -> int:
         escape_lines(
             collectively(
                 comm,
-                lambda: plan(read(args.config, args.overrides), args.config, args.ranks, *machine),
+                lambda: plan(
+                    tell_resets(read(args.config, args.overrides)),
+                    args.config,
+                    args.ranks,
+                    *machine,
+                ),
             )
         )
     )

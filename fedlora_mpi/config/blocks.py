@@ -98,11 +98,16 @@ class Reset(NamedTuple):
     choice: str  # "key = value" of the other choice
     choice_source: str
 
-    def __str__(self) -> str:
-        return (
-            f"{self.key} = {format_value(self.value)} ({self.source}) is reset to the default by "
-            f"{self.choice} ({self.choice_source})"
-        )
+
+def reset_lines(resets: Iterable[Reset]) -> Iterator[str]:
+    """A line for each choice, with all keys that it has reset."""
+    keys: dict[str, list[str]] = {}
+    for reset in resets:
+        choice = f"{reset.choice} ({reset.choice_source})"
+        key = f"{reset.key} = {format_value(reset.value)} ({reset.source})"
+        keys.setdefault(choice, []).append(key)
+    for choice, reset_keys in keys.items():
+        yield f"{choice} resets {', '.join(reset_keys)}"
 
 
 class Choice(NamedTuple):

@@ -10,7 +10,6 @@ Every mistake is a ``ConfigError`` of one line.
 
 import json
 import re
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -29,7 +28,7 @@ from ..models import zoo
 from ..privacy.settings import Privacy
 from ..store.files import text_checksum
 from . import blocks
-from .blocks import ConfigError, Field, Origin
+from .blocks import ConfigError, Field, Origin, reset_lines
 from .experiment import Config, DataBlock, Faults, Log, ModelBlock, Network
 
 FREE_ON_RESUME = (
@@ -81,8 +80,6 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     ConfigError.
     """
     config, origin = _read(Path(path), overrides)
-    for reset in config.resets:
-        print(f"hint: {reset}", file=sys.stderr, flush=True)
     substitutes = {
         "name": Path(path).stem,
         "algorithm": algorithm_name(config.algorithm).rpartition(":")[2],
@@ -105,7 +102,7 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, Origin]:
     layers += [(layer, COMMAND_LINE) for layer in _parse_overrides(overrides)]
     merged = blocks.merge_layers(layers, CHOICES)
     origin = Origin(str(path), merged.sources)
-    config = replace(_build_config(merged.tree, origin), resets=tuple(map(str, merged.resets)))
+    config = replace(_build_config(merged.tree, origin), resets=tuple(reset_lines(merged.resets)))
     return config, origin
 
 

@@ -240,7 +240,8 @@ def _train(assembly: Assembly, state: State, folder: Path, stop_requests: StopRe
         )
         if log:
             doubts = training_hints(assembly)
-            for hint in [*doubts, *run_hints(assembly)]:
+            resets = () if state.round else config.resets
+            for hint in [*resets, *doubts, *run_hints(assembly)]:
                 print(f"hint: {hint}", file=sys.stderr)
             log.record_hints(doubts)
             if comm.dead_ranks:
