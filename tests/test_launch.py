@@ -15,6 +15,14 @@ from fedlora_mpi.run.progress import Progress
 LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "SLURM_NTASKS")
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C as in a terminal: what a script starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def launcher(tmp_path, monkeypatch):
     """``launcher(text)``: a shell script mpirun beside this Python; None: there is none."""

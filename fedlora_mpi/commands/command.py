@@ -73,8 +73,7 @@ def as_keywords(args: argparse.Namespace, *excluded: str) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in ("command", *excluded)}
 
 
-def tell_resets(config: "Config") -> "Config":
-    """Say on stderr which keys the overrides of ``config`` have reset; returns ``config``."""
+def tell_resets(config: "Config") -> None:
+    """Say on stderr which keys the overrides of ``config`` have reset."""
     for line in config.resets:
         print(f"hint: {line}", file=sys.stderr, flush=True)
-    return config

@@ -22,8 +22,9 @@ def execute(args: argparse.Namespace, comm: "Comm") -> int:
     from ..mpi.ending import collectively
 
     def annotate() -> str:
+        text = annotated_yaml(args.config, args.overrides)
         tell_resets(read(args.config, args.overrides))
-        return annotated_yaml(args.config, args.overrides)
+        return text
 
     text = collectively(comm, annotate)
     print(escape_lines(text), end="", flush=True)

@@ -36,12 +36,13 @@ def _show_partition(args: argparse.Namespace) -> None:
     from ..core.escapes import escape_line, escape_lines
     from ..run.parts import load_data, split_data, tell_hints
 
-    config = tell_resets(read(args.config, args.overrides))
+    config = read(args.config, args.overrides)
     if args.to and args.to[0] != "pfllib":
         raise ValueError(f"--to {args.to[0]}: is no format; there is pfllib")
     data = load_data(config, args.config)
     tell_hints(data, args.config)
     split = split_data(config, args.config, data)
+    tell_resets(config)
     if args.to:
         print(escape_line(write_folder(config, data, split, Path(args.to[1]))))
         return
