@@ -2,7 +2,7 @@
 
 ``open_run(path)`` reads a run folder, ``open_runs(pattern)`` several; ``fedlora-mpi --help`` lists
 the commands. A user's own method imports all that it needs from here: ``Algorithm``, ``Variables``
-and the other names below.
+and the other names below. A function that returns data may return ``OwnData``.
 """
 
 __version__ = "0.1.0"
@@ -33,6 +33,7 @@ _HOME = {
     "rng": "core.seeds",
     **dict.fromkeys(("Tree", "split", "sq_dist", "tmap"), "core.tree"),
     "Model": "models.network",
+    "OwnData": "data.own",
 }
 _FORMER = dict.fromkeys(("Offer", "Train", "Vars"), "algorithm")  # former names, still accepted
 __all__ = [*_HOME]  # noqa: PLE0604

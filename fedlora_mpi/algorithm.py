@@ -6,7 +6,7 @@ adds the client axis and ``mpi/`` adds the rank axis. Neither appears here or in
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Generator, Tensor
@@ -15,6 +15,7 @@ from .core.batch import Batch, cross_entropy
 from .core.bounds import bounded
 from .core.names import factors_by_weight
 from .core.tree import Tree
+from .former_hooks import FORMER_HOOKS, refuse_former_hooks
 from .models.network import Model
 
 
@@ -250,42 +251,6 @@ class Transport(NamedTuple):
         return self.expand(Upload(upload.mean, upload.sum), shared, 1)
 
 
-_LOCAL = "local(model, train, round_) returns Phase and Visit in order of time"
-_UPLOAD = "upload(start, end, round_) returns Upload(mean=..., sum=..., mix=..., numel=...)"
-_UPDATE = "server_update(server, shared, aggregate, svd) returns Update(shared, server, metrics)"
-_TRANSPORT = "transport(client, clients) returns Transport(method, download, expand, ...)"
-FORMER_HOOKS = {  # a hook or class variable of before: what replaces it
-    "begin": f"a Visit before the first Phase: {_LOCAL}",
-    "phases": _LOCAL,
-    "finish": f"a Visit after the last Phase: {_LOCAL}",
-    "needs_all_data": f"Visit(apply, all_data=True): {_LOCAL}",
-    "surveys": f"Visit(apply, all_data=True): {_LOCAL}",
-    "offer": _UPLOAD,
-    "sums": _UPLOAD,
-    "upload_numel": _UPLOAD,
-    "sent": _UPLOAD,
-    "center_keys": f"Mix(..., centered=True): {_UPLOAD}",
-    "centred": f"Mix(..., centered=True): {_UPLOAD}",
-    "serve": _UPDATE,
-    "decomposed": f"the argument svd: {_UPDATE}",
-    "handed_out": f"the argument svd: {_UPDATE}",
-    "server_metrics": _UPDATE,
-    "told": _UPDATE,
-    "for_client": _TRANSPORT,
-    "of_client": _TRANSPORT,
-    "download": _TRANSPORT,
-    "expand": _TRANSPORT,
-    "download_numel": _TRANSPORT,
-    "received": _TRANSPORT,
-    "used": "nothing: the engine counts the samples that a phase uses",
-    "low_rank": "nothing: the ranks follow from the factors that init returns",
-    "tune": "personalize(model, train, round_)",
-    "weights_of": "client_model(model, v)",
-    "evaluates": "evaluate_on",
-    "judges": "evaluate_on",
-}
-
-
 # the model whose accuracy is the method's
 EvaluatedModel = Literal["after_aggregation", "after_training", "server"]
 
@@ -408,25 +373,10 @@ HOOKS = (
 )  # fmt: skip
 
 
-# these were plain values; a field of any other former name is a hyper-parameter
-_FORMER_FLAGS = (
-    "needs_all_data",
-    "surveys",
-    "sums",
-    "center_keys",
-    "centred",
-    "evaluates",
-    "judges",
-)
-
-
 def _check_hooks(cls: type[Algorithm]) -> None:
     """Raise TypeError for a hook of an earlier version, or one with other parameters."""
     page = "docs/add_a_method.md has all hooks"
-    for former, replacement in FORMER_HOOKS.items():
-        value = getattr(cls, former, None)
-        if former in _FORMER_FLAGS and hasattr(cls, former) or callable(value):
-            raise TypeError(f"{cls.__name__}.{former}: replaced by {replacement}; {page}")
+    refuse_former_hooks(cls, page)
     for hook in HOOKS:
         names = [*inspect.signature(getattr(cls, hook)).parameters]
         expected = [*inspect.signature(getattr(Algorithm, hook)).parameters]
@@ -435,6 +385,26 @@ def _check_hooks(cls: type[Algorithm]) -> None:
                 f"{cls.__name__}.{hook}({', '.join(names[1:])}): must take "
                 f"({', '.join(expected[1:])}); {page}"
             )
+
+
+def dataclass_mistake(cls: type[Algorithm]) -> str:
+    """Why a class is not the frozen dataclass that its fields need, with the way out; "" if it is.
+
+    A subclass without fields of its own may leave the decorator to its base.
+    """
+    way_out = "put @dataclass(frozen=True) above the class"
+    if not is_dataclass(cls):
+        return f"must be a frozen dataclass; {way_out}"
+    if not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        return f"is a dataclass that is not frozen; {way_out}"
+    new_fields = [
+        n
+        for n, annotation in inspect.get_annotations(cls).items()
+        if not hasattr(Algorithm, n) and "ClassVar" not in str(annotation)
+    ]
+    if new_fields and "__dataclass_params__" not in vars(cls):
+        return f"is no dataclass of its own, so {new_fields[0]} is no field; {way_out}"
+    return ""
 
 
 def low_rank_of(initial: Variables) -> dict[str, int]:

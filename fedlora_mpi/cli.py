@@ -11,10 +11,14 @@ from .commands import COMMANDS
 
 EXAMPLES = """examples:
   fedlora-mpi run configs/quickstart.yaml                     one process, no MPI needed
-  mpirun -n 3 fedlora-mpi run configs/cifar10.yaml            rank 0 is the server, 2 workers
+  fedlora-mpi run configs/cifar10.yaml --ranks 3              rank 0 is the server, 2 workers; by mpirun
+  mpirun -n 3 fedlora-mpi run configs/cifar10.yaml            the same, by hand
   fedlora-mpi run configs/cifar10.yaml algorithm=fedavg output=runs/fedavg train.lr=0.05
-  mpirun -n 5 fedlora-mpi resume runs/cifar10                 go on, on any number of ranks
-  mpirun --with-ft ulfm -n 5 fedlora-mpi run configs/cifar10.yaml faults.tolerate=true   outlives a dead worker
+  fedlora-mpi run configs/cifar10.yaml --overwrite            anew, in the place of the run that is there
+  fedlora-mpi run configs/cifar10.yaml --ranks 5 faults.tolerate=true   outlives a dead worker
+  fedlora-mpi resume runs/cifar10                             go on after Ctrl-C or a kill
+  mpirun -n 5 fedlora-mpi resume runs/cifar10 rounds=400      for more rounds, on any number of ranks
+  fedlora-mpi config configs/cifar10.yaml train.lr=0.05       every setting and where it comes from
   fedlora-mpi plan configs/cifar10.yaml --ranks 5             what it would cost; trains nothing
   fedlora-mpi plan configs/cifar10.yaml --ranks 64 --gpus h200 --bandwidth 25e9   and on a cluster that is not here
   fedlora-mpi partition configs/cifar10.yaml                  who gets which data
@@ -28,16 +32,15 @@ EXAMPLES = """examples:
   fedlora-mpi pretrain configs/cifar10.yaml --to net.safetensors   a backbone for model.weights=net.safetensors
   fedlora-mpi submit configs/cifar10.yaml --gpus 4            as a Slurm job that requeues itself until done
   fedlora-mpi doctor configs/cifar10.yaml                     does everything work on this machine?
+  fedlora-mpi check held_per:HeldPer                          is a method of your own right?
   fedlora-mpi export runs/a --client 7 --to adapter-7         its low-rank part, for Hugging Face's peft
   fedlora-mpi export runs/a --client 7 --to model.pt          its own model, a state dict; without --client what all share
   fedlora-mpi export runs/a --to results.h5                   rs_test_acc and rs_train_loss, as PFLlib keeps them
   fedlora-mpi partition configs/cifar10.yaml --to pfllib out  the split as a folder that PFLlib reads
   fedlora-mpi digest runs/a runs/b                            are two runs equal to the last bit?
-  fedlora-mpi status runs/a || echo "rounds are left"         is it done? mpirun ends with 0, too, when a node was lost
-
-exit codes: 0 done, 1 a fault, 2 a mistake in what was asked, 75 stopped at a round boundary (SIGUSR1)
-with a checkpoint written, 141 nobody
-reads the output."""  # noqa: E501
+  fedlora-mpi status runs/a || echo "rounds are left"         is it done? mpirun ends with 0, too, when a node was lost"""  # noqa: E501
+_EXIT_CODES = """exit codes: 0 done, 1 a fault, 2 a mistake in what was asked, 75 stopped at a round boundary (SIGUSR1 or
+Ctrl-C) with a checkpoint written, 130 stopped at once (a second Ctrl-C), 141 nobody reads the output."""  # noqa: E501
 _MPI_START_TIMEOUT = 300.0  # seconds that MPI may take to start
 _BUSY_ALLOWANCE = 20.0  # seconds added on a busy machine
 
@@ -80,6 +83,9 @@ def _execute(args: argparse.Namespace) -> int:
     from .mpi.ending import run_or_abort
     from .mpi.launch import is_launched, limit_startup
 
+    launch = args.command.launch
+    if launch is not None and args.ranks is not None and not is_launched():
+        return run_or_abort(Solo(), lambda: launch(args))
     parallel = args.command.parallel
     try:
         with limit_startup(_start_timeout(args)) if parallel and is_launched() else nullcontext():
@@ -104,12 +110,22 @@ def _start_timeout(args: argparse.Namespace) -> float:
     return _MPI_START_TIMEOUT
 
 
+def _examples_of(name: str) -> str:
+    """Return the examples of one command, and the exit codes."""
+    heading, *lines = EXAMPLES.splitlines()
+    own = [line for line in lines if f"fedlora-mpi {name} " in line]
+    return "\n".join([heading, *own, "", _EXIT_CODES])
+
+
 def _build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, with a subparser for each command."""
     formatter = argparse.RawDescriptionHelpFormatter
     description = "Simulate personalised federated learning with low-rank parts, over MPI."
     parser = argparse.ArgumentParser(
-        prog="fedlora-mpi", description=description, epilog=EXAMPLES, formatter_class=formatter
+        prog="fedlora-mpi",
+        description=description,
+        epilog=f"{EXAMPLES}\n\n{_EXIT_CODES}",
+        formatter_class=formatter,
     )
     parser.add_argument("--version", action="version", version=f"fedlora-mpi {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -118,7 +134,7 @@ def _build_parser() -> argparse.ArgumentParser:
             name,
             help=command.help,
             description=command.help,
-            epilog=EXAMPLES,
+            epilog=_examples_of(name),
             formatter_class=formatter,
         )
         subparser.set_defaults(command=command)

@@ -170,7 +170,7 @@ def _run_command(arguments: Sequence[str], ranks: int = 1) -> int:
     from fedlora_mpi.mpi.ending import run_or_abort
     from fedlora_mpi.run import loop as run
 
-    run._collect_stop_signals = list  # only the main thread may ask for signals
+    run.collect_stop_signals = list  # only the main thread may ask for signals
     source, *overrides = (text for text in arguments[1:] if text != "--resume")
     parsed = config.read(source, overrides)
     return max(

@@ -21,6 +21,7 @@ from fedlora_mpi.store.reader import RunFiles
 COMMANDS = (
     "run",
     "resume",
+    "config",
     "plan",
     "partition",
     "report",
@@ -89,6 +90,8 @@ def test_every_command_has_its_own_help(name, capsys):
         main([name, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and text.startswith(f"usage: fedlora-mpi {name} ")
+    examples = re.findall(r"^  (?:mpirun .*)?fedlora-mpi (\w+) ", text, re.MULTILINE)
+    assert examples and set(examples) == {name} and "exit codes: 0 done" in text
 
 
 def test_the_examples_name_configs_that_are_there(capsys):
@@ -109,6 +112,13 @@ def test_an_incomplete_command_line_shows_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2 and capsys.readouterr().err.startswith("usage: fedlora-mpi")
+
+
+def test_what_may_be_left_out_is_not_called_required(capsys):
+    for name in ("run", "config", "plan", "submit"):
+        with pytest.raises(SystemExit):
+            main([name])
+        assert "are required: config\n" in capsys.readouterr().err
 
 
 @pytest.mark.thorough  # four processes
@@ -290,16 +300,29 @@ def test_a_run_can_be_made_longer_and_ends_as_if_it_had_been_started_so(call, si
 
 
 def test_what_changes_the_numbers_is_refused_on_a_resume(call, copy):
-    before = content(copy / "checkpoints")
-    for override in (
-        "train.lr=0.5",
-        "seed=2",
-        "algorithm=fedavg",
-        "engine.group_size=3",
-        "participation=1.0",
+    before = content(copy)
+    for override, key, old in (
+        ("train.lr=0.5", "train.lr = 0.5", "0.05"),
+        ("seed=2", "seed = 2", "1"),
+        ("algorithm=fedavg", "algorithm.name = fedavg", "fedlora"),
+        ("engine.group_size=3", "engine.group_size = 3", "2"),
+        ("participation=1.0", "participation = 1.0", "0.6"),
     ):
-        assert_refused(call("resume", copy, override), "no valid checkpoint", "of another config")
-    assert content(copy / "checkpoints") == before
+        result = call("resume", copy, "rounds=9", override)
+        assert_refused(
+            result, f"command line: {key}: the run in {copy} has {old}, and a resume may"
+        )
+        assert f"'fedlora-mpi run {copy}/config.yaml rounds=9 {override} output=...'" in result[2]
+    assert content(copy) == before
+
+
+def test_fewer_rounds_than_are_done_are_told_and_change_nothing(call, copy):
+    before = content(copy)
+    code, out, err = call("resume", copy, "rounds=3")
+    assert (code, out) == (0, "")
+    line = f"fedlora-mpi: rounds = 3: {copy} has 6 rounds already; nothing is changed"
+    assert err.splitlines() == [f"resuming {copy} after round 6", line]
+    assert content(copy) == before
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(call, copy, six):

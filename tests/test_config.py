@@ -9,7 +9,16 @@ from typing import Any, Literal
 
 import pytest
 
-from fedlora_mpi.config import digest, from_dict, read, resolved_dict, resolved_yaml
+from fedlora_mpi.config import (
+    annotated_yaml,
+    checksummed_yaml,
+    digest,
+    from_dict,
+    read,
+    read_recorded,
+    resolved_dict,
+    resolved_yaml,
+)
 from fedlora_mpi.config.blocks import ConfigError, Origin, build_block
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
@@ -240,7 +249,7 @@ BAD_OVERRIDES = [
     (["train.lr.x=1"], 'train.lr = {"x": 1}: must be a number'),
     (["train=3"], "train = 3: must be a block with epochs"),
     (["trian.lr=1"], "trian = {", "Did you mean train?"),
-    (["algorithm=fedlorra"], "algorithm = fedlorra: must be", "Did you mean fedlora?"),
+    (["algorithm=fedlorra"], "algorithm.name = fedlorra: must be", "Did you mean fedlora?"),
     (["algorithm.name=fedlorra"], "algorithm.name = fedlorra: must be", "Did you mean fedlora?"),
     (["algorithm.weights=samples"], "algorithm.weights = samples: fedlora has no such field"),
     (
@@ -338,10 +347,61 @@ def test_a_field_joins_a_bare_name(write):
 
 
 @pytest.mark.parametrize(
-    "override", ["algorithm=fedlora", "algorithm={name: fedlora, lora_epochs: 2}"]
+    "override", ["algorithm=fedlora", "algorithm.name=fedlora", "algorithm={name: fedlora}"]
 )
-def test_a_bare_name_brings_the_defaults_back(write, override):
-    assert read(write(GOOD), [override]).algorithm.lora_epochs == 2
+def test_the_same_choice_keeps_the_block(write, override):
+    config = read(write(GOOD), [override])
+    assert config == read(write(GOOD)) and config.algorithm.lora_epochs == 1
+    assert not config.resets
+
+
+def test_a_block_given_as_empty_brings_the_defaults_back(write):
+    assert read(write(GOOD), ["algorithm={}", "algorithm.name=fedlora"]).algorithm.lora_epochs == 2
+
+
+def test_another_choice_keeps_what_means_the_same_and_tells_the_rest(write):
+    write(GOOD, "base.yaml")
+    text = "base: base.yaml\ndata: {partition: {kind: dirichlet_class, clients: 7, seed: 9, alpha: 0.7}}\n"
+    path = write(text, "child.yaml")
+    config = read(path, ["data.partition.kind=iid"])
+    partition = config.data.partition
+    assert (type(partition).__name__, partition.clients, partition.seed) == ("Iid", 7, 9)
+    (line,) = config.resets
+    assert line == (
+        f"data.partition.kind = iid (command line) resets data.partition.alpha = 0.7 ({path})"
+    )
+
+
+@pytest.mark.parametrize(
+    "old, new, kept, reset",
+    [
+        (
+            "fedlora, conv_rank: 0.3, bn_stats: local",
+            "fedavg_lora",
+            {"conv_rank": 0.3},
+            ["bn_stats"],
+        ),
+        ("fedit, lora_ranks: [3], alpha: 2.0", "fedhl", {"lora_ranks": (3,), "alpha": 2.0}, []),
+        ("fedprox, mu: 0.5, weights: uniform", "moon", {"weights": "uniform"}, ["mu"]),
+        ("apfl, alpha: 0.3", "fedit", {"alpha": 16.0}, ["alpha"]),
+    ],
+)
+def test_a_field_is_kept_if_both_methods_have_it_from_one_class(write, old, new, kept, reset):
+    config = read(
+        write(with_line("algorithm", f"algorithm: {{name: {old}}}")), [f"algorithm={new}"]
+    )
+    assert {name: getattr(config.algorithm, name) for name in kept} == kept
+    told = " ".join(config.resets)
+    assert len(config.resets) == bool(reset) and told.count("algorithm.") == len(reset) + bool(
+        reset
+    )
+    assert all(f"algorithm.{name} = " in told for name in reset)
+
+
+def test_a_key_that_is_written_again_is_not_told(write):
+    path = write(with_line("algorithm", "algorithm: {name: fedprox, mu: 0.5}"))
+    config = read(path, ["algorithm=moon", "algorithm.mu=0.5"])
+    assert config.algorithm.mu == 0.5 and not config.resets
 
 
 @pytest.mark.parametrize(
@@ -371,12 +431,12 @@ def test_a_file_wins_over_its_base_key_by_key(write):
     assert config.output == "runs/x"
 
 
-def test_a_new_selector_drops_what_the_base_says_about_the_old_one(write):
+def test_a_new_selector_drops_what_the_base_says_about_the_old_one(write, tmp_path):
     write(GOOD, "base.yaml")
     text = "base: base.yaml\nalgorithm: {name: fedavg}\nmodel: {name: cnn}\n"
     config = read(write(text + "data: {partition: {kind: pathological}}\n"))
     assert "lora_epochs" not in resolved_dict(config)["algorithm"]
-    assert config.data.partition.clients == 40
+    assert config.data.partition.clients == read(tmp_path / "base.yaml").data.partition.clients
     assert config.data.source.dataset == "cifar10"
 
 
@@ -444,7 +504,9 @@ def check_round_trip(config, write):
     assert digest(again) == digest(config)
     # none but the defaults
     assert list(tree) == [
-        f.name for f in dataclasses.fields(config) if f.name not in ("faults", "log", "privacy")
+        f.name
+        for f in dataclasses.fields(config)
+        if f.name not in ("faults", "log", "privacy", "resets")
     ]
 
 
@@ -531,3 +593,29 @@ def test_a_block_refuses_what_its_annotations_do_not_take(block, message):
     with pytest.raises(ConfigError) as caught:
         build_block(Outer, block, "o", Origin("f"))
     assert str(caught.value).startswith(message)
+
+
+def test_the_annotated_config_is_the_config_with_the_origin_of_every_key(write):
+    write(GOOD, "base.yaml")
+    path = write(
+        "base: base.yaml\n# a comment\ntrain: {lr: 0.5}\nalgorithm: fedavg\n", "child.yaml"
+    )
+    text = annotated_yaml(path, ["train.epochs=3", "rounds=2"])
+    assert read(write(text, "again.yaml")) == read(path, ["train.epochs=3", "rounds=2"])
+    origin = {
+        line.split("#")[0].split(":")[0].strip(): line.split("# ")[1]
+        for line in text.splitlines()
+        if "#" in line
+    }
+    assert origin["lr"] == f"{path}:3" and origin["epochs"] == origin["rounds"] == "command line"
+    assert origin["name"] == f"{path}:4" and origin["weights"] == "default"
+    base = path.with_name("base.yaml")
+    assert origin["clients"] == f"{base}:2" and origin["seed"] == "default"
+
+
+def test_resets_are_recorded_with_a_run_and_read_back(write):
+    path = write(with_line("algorithm", "algorithm: {name: fedprox, mu: 0.5}"))
+    config = read(path, ["algorithm=moon"])
+    recorded = write(checksummed_yaml(config), "config.yaml")
+    assert read_recorded(recorded).resets == config.resets and len(config.resets) == 1
+    assert read_recorded(recorded) == config

@@ -26,11 +26,13 @@ NAMES = [
     "threads",
     "HDF5",
     "locks",
+    "build",
     "space",
     "torchvision",
     "Slurm",
     "ULFM",
 ]
+WITHOUT_BUILD = [name for name in NAMES if name != "build"]  # there is no valid config
 LINE = re.compile(r"(ok|warning|failure) +(\w+) +(\S.*)")
 
 
@@ -114,7 +116,7 @@ def test_a_broken_machine_has_a_remedy_in_each_line(examined, leave_out, tmp_pat
     """No mpirun, more threads than cores, a file in the way of the run folder, an sbatch without
     controller.
     """
-    leave_out("space")  # it would give this process so many threads
+    leave_out("build")  # it would give this process so many threads
     (tmp_path / "file").touch()
     sbatch = program(tmp_path / "bin", "sbatch", "")
     program(tmp_path / "bin", "sinfo", "echo no route >&2; exit 1")
@@ -149,7 +151,11 @@ def test_a_folder_that_cannot_be_written_and_data_that_is_not_there(examined, le
     leave_out("launch", "ULFM")
     data = "data.dataset=cifar10", f"data.root={tmp_path}/none"
     code, found = examined(TINY, *data, "output=/proc/run", "engine.device=cuda")
-    assert code == 1 and found["HDF5"][0] == found["locks"][0] == found["space"][0] == "failure"
+    assert code == 1 and found["HDF5"][0] == found["locks"][0] == found["build"][0] == "failure"
+    assert found["build"][1].startswith("engine.device = cuda: ") or shutil.which("nvidia-smi")
+    build = examined(TINY, *data, "output=/proc/run")[1]["build"][1]
+    assert f"data.root = {tmp_path}/none: cifar10 is missing" in build
+    assert "needs" not in found["space"][1] and "cifar10" not in found["space"][1]
     assert found["HDF5"][1].startswith("/proc/") and "choose another output=" in found["HDF5"][1]
     if not shutil.which("nvidia-smi"):
         assert found["GPUs"][0] == "failure" and "engine.device=cpu" in found["GPUs"][1]
@@ -166,7 +172,7 @@ def test_programs_that_hang_or_start_strangers_do_not_stop_it(examined, tmp_path
     # of which sinfo has one second
     monkeypatch.setitem(CHECKS, "Slurm", CHECKS["Slurm"]._replace(limit=6))
     code, found = examined()
-    assert code == 1 and list(found) == NAMES[1:] and "free in" in found["space"][1]
+    assert code == 1 and list(found) == WITHOUT_BUILD[1:] and "free in" in found["space"][1]
     assert found["Slurm"][0] == "warning" and "no answer" in found["Slurm"][1]
     said = "do not find each other" if mpi else "mpirun -n 2 ends with code 1: "
     assert found["launch"][0] == "failure" and said in found["launch"][1]
@@ -189,7 +195,21 @@ def test_a_check_that_hangs_or_crashes_is_a_failure_with_its_remedy(end, said, m
     )
     code, found = read(*call("doctor"))
     assert code == 1 and found.pop("HDF5") == ("failure", f"{said}; {CHECKS['HDF5'].remedy}")
-    assert set(found.values()) == {("ok", "fine")} and len(found) == len(CHECKS) - 2
+    assert set(found.values()) == {("ok", "fine")} and len(found) == len(CHECKS) - 3
+
+
+def test_one_rank_of_several_speaks(call, monkeypatch):
+    monkeypatch.setattr("fedlora_mpi.doctor.examination.examine", lambda *_: print("spoke"))
+    for rank, out in (("0", "spoke\n"), ("1", "")):
+        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", rank)
+        assert call("doctor")[1] == out
+
+
+def test_no_launcher_no_ranks_recommended(monkeypatch):
+    monkeypatch.setattr("fedlora_mpi.doctor.checks.find_mpirun", lambda: "mpirun")
+    assert "--ranks " in CHECKS["threads"].run(Setup(os.getcwd())).text
+    monkeypatch.setattr("fedlora_mpi.doctor.checks.find_mpirun", lambda: None)
+    assert "ranks" not in CHECKS["threads"].run(Setup(os.getcwd())).text
 
 
 def test_root_is_told_what_open_mpi_wants_and_a_mistake_in_the_config_stops_nothing(
@@ -201,7 +221,7 @@ def test_root_is_told_what_open_mpi_wants_and_a_mistake_in_the_config_stops_noth
         monkeypatch.delenv(name)
     code, found = examined(TINY, "train.lr=-1")
     level, text = found["config"]
-    assert code == 1 and list(found) == NAMES
+    assert code == 1 and list(found) == WITHOUT_BUILD
     assert level == "failure" and text.startswith(
         "command line: train.lr = -1.0: must be a number above 0; "
     )

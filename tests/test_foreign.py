@@ -13,11 +13,12 @@ import torch
 from runs import TINY, command_line, package_lines, run_process
 
 import fedlora_mpi
-from fedlora_mpi.algorithm import FORMER_HOOKS, HOOKS, Algorithm
+from fedlora_mpi.algorithm import HOOKS, Algorithm
 from fedlora_mpi.algorithms import find_algorithm
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.cli import main
 from fedlora_mpi.core import user_code as foreign
+from fedlora_mpi.former_hooks import FORMER_HOOKS
 
 MODEL = """
 from torch import nn

@@ -819,4 +819,4 @@ def test_groups_know_the_selectors_of_the_config():
     from fedlora_mpi import config
 
     said = {f"{block}.{name}" for block, name in groups.SELECTORS.items()}
-    assert said == {f"{block}.{names[0]}" for block, names in config.SELECTORS.items()}
+    assert said == {f"{block}.{choice.selectors[0]}" for block, choice in config.CHOICES.items()}

@@ -128,6 +128,25 @@ def test_a_dry_run_prints_the_script(capsys):
     assert f"mpirun -n 5 python -m fedlora_mpi run --resume {TINY} seed=3 &\n" in text
 
 
+def test_memory_qos_and_features_are_asked_for(capsys):
+    asked = ["--mem", "64G", "--qos", "long", "--constraint", "a100|h100", "--dry-run"]
+    assert main(["submit", str(TINY), *asked]) == 0
+    text = capsys.readouterr().out
+    assert '#SBATCH --mem=64G --qos=long --constraint="a100|h100"\n' in text
+    assert main(["submit", str(TINY), "--qos=long", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --qos=long\n" in text and "--mem" not in text
+
+
+def test_overrides_stand_before_between_and_after_options(capsys):
+    words = ["seed=3", "--gpus", "2", "rounds=5", "--time", "1:00:00", "train.lr=0.1", "--dry-run"]
+    assert main(["submit", str(TINY), *words, "output=x"]) == 0
+    line = f"run --resume {TINY} seed=3 rounds=5 train.lr=0.1 output=x &\n"
+    assert line in capsys.readouterr().out
+    assert main(["submit", "--gpus", "2", str(TINY), "seed=3", "--dry-run"]) == 0
+    assert f"run --resume {TINY} seed=3 &\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "output, word", [("runs/a", "runs/a.slurm-%j.log"), ("my runs/a", '"my runs/a.slurm-%j.log"')]
 )
@@ -156,6 +175,9 @@ def test_the_ranks_are_chosen_by_gpus_and_clients(given, ranks, capsys):
         (("--nodes", "0"), "--nodes = 0: must be"),
         (("--nodes", "3", "--ranks", "2"), "--ranks = 2: must be at least one for each of 3 nodes"),
         (("--partition", "a\nrm"), "--partition = 'a\\nrm': must be a name"),
+        (("--qos", "a b"), "--qos = 'a b': must be a name"),
+        (("--mem", "much"), "--mem = much: must be an integer with K, M, G or T"),
+        (("--constraint", "a\n#"), "--constraint = 'a\\n#': must be features of nodes"),
     ],
 )
 def test_what_slurm_could_not_grant_is_refused(given, said, capsys):

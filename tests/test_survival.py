@@ -230,7 +230,7 @@ def die_everywhere(trained, home, monkeypatch, capsys, settings, seeds):
     one.
     """
     # a thread may not handle signals
-    monkeypatch.setattr(run_module, "_collect_stop_signals", list)
+    monkeypatch.setattr(run_module, "collect_stop_signals", list)
     moments = on_threads(home / "none", settings, {}, 0).moments_of
     assert_same_run(trained(*settings), home / "none")
     for seed in seeds:

@@ -267,7 +267,7 @@ def test_a_method_that_forgets_a_leaf_is_told_so(tmp_path, monkeypatch, capsys):
     assert (
         main(["run", str(TINY), "algorithm=test_tied_and_frozen:Forgets", network, "rounds=1"]) != 0
     )
-    assert "b.bias of the network has no value" in capsys.readouterr().err
+    assert "client_model lacks 1 of 6 leaves of the network (b.bias)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from runs import command_line, process_environment
 
 from fedlora_mpi.analysis import watch
 from fedlora_mpi.cli import main
+from fedlora_mpi.store.files import StoreError
+from fedlora_mpi.store.lock import hold_lock, is_held
 from fedlora_mpi.store.log import Log
 
 
@@ -97,6 +99,46 @@ def test_a_silent_run_is_told_and_a_finished_one_never_is(tmp_path):
     assert text(seen(tmp_path, rounds=3, quiet=1e5, **columns))[2].endswith(
         "a round · done in 12 s"
     )
+
+
+def test_a_run_whose_lock_nobody_holds_has_stopped(tmp_path, monkeypatch, capsys):
+    folder = write_run(tmp_path / "run", [0.5, 0.25, 0.75], rounds=2)
+    assert watch.RunStatus.read(folder).is_running is None and is_held(folder) is None
+    with hold_lock(folder):
+        assert is_held(folder) and watch.RunStatus.read(folder).is_running
+        assert "stopped" not in watch.plain_text(
+            watch.render_frame(watch.RunStatus.read(folder), 80, 24)
+        )
+    assert is_held(folder) is False
+    assert main(["watch", str(folder), "--once"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].endswith("s left · stopped")
+    with pytest.raises(StoreError, match="in use by"), hold_lock(folder), hold_lock(folder):
+        pass
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch.time, "sleep", interrupt)
+    assert main(["watch", str(folder)]) == 0  # and waits for a resume until Ctrl-C
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("round 1/2 ") and line.endswith(" left · stopped")
+
+
+def test_a_folder_that_is_not_there_yet_is_waited_for(tmp_path, monkeypatch, capsys):
+    folder, looks = tmp_path / "runs/a", []
+
+    def wait(seconds):
+        looks.append(seconds)
+        if len(looks) == 3:
+            write_run(folder, [0.5, 0.25, 0.75], rounds=1)
+
+    monkeypatch.setattr(watch.time, "sleep", wait)
+    assert main(["watch", str(folder), "--every", "7"]) == 0
+    out, err = capsys.readouterr()
+    assert looks == [7, 7, 7] and out.startswith("round 1/1 ")
+    assert err == (f"fedlora-mpi: waiting for {folder}, which is not there yet; Ctrl-C ends this\n")
+    assert main(["watch", str(tmp_path / "none"), "--once"]) == 2
+    assert "not a run folder" in capsys.readouterr().err
 
 
 def test_lines_follow_a_run_to_its_end_and_once_is_one_frame(tmp_path, capsys):

@@ -488,7 +488,8 @@ def test_a_resume_on_another_file_is_another_config(backbone, here, capsys):
     shutil.copy(backbone, here / "same.safetensors")
     capsys.readouterr()
     assert main(["resume", "run", "rounds=4", "model.weights=same.safetensors"]) == 2
-    assert "of another config" in capsys.readouterr().err
+    told = "model.weights = same.safetensors: the run in run has net.safetensors"
+    assert told in capsys.readouterr().err
 
 
 def test_a_run_is_read_without_its_file_where_a_checkpoint_has_every_leaf(backbone):

@@ -75,13 +75,11 @@ class APFL(Averaging):
             Step(self.loss(model), own_parameters.__contains__),
             Step(shared_loss, parameters.__contains__),
         )
-        mixing = Phase(
-            int(self.adaptive),
-            (alpha_step,),
-            stream="alpha",
-            limit=lambda samples: train.batch_size,
-        )
-        return mixing, Phase(train.epochs, steps)
+        training = Phase(train.epochs, steps)
+        if not self.adaptive:
+            return (training,)
+        mixing = Phase(1, (alpha_step,), stream="alpha", limit=lambda samples: train.batch_size)
+        return mixing, training
 
     def client_model(self, model: Model, v: Variables) -> Tree:
         """vbar_i, with its own running statistics."""

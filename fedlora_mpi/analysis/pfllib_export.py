@@ -29,9 +29,10 @@ def write_folder(config: Config, data: Data, split: Split, folder: Path) -> str:
     Raises ValueError for texts and for a folder that is not empty.
     """
     folder = expand_home(folder)
-    if data.vocabulary:
+    if not data.has_images or data.train.x.dtype != torch.uint8:
+        kind = "texts" if data.vocabulary else "inputs that are no bytes"
         raise ValueError(
-            f"data.dataset = {config.data.source.dataset}: texts are not written for PFLlib; only "
+            f"data.dataset = {config.data.source.dataset}: {kind} are not written for PFLlib; only "
             "images are"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

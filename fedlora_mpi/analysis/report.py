@@ -43,11 +43,13 @@ def table(runs: Sequence[Path]) -> str:
 
     final, worst client: accuracy in the last evaluated round, mean and minimum over the clients.
     best: the highest mean of any round, and that round. up/client: bytes per client and round. A
-    row over seeds has means with sample standard deviations.
+    row over seeds has means with sample standard deviations. What is doubtful about the settings of
+    a run follows the table.
     """
     results = [_Result.read(path) for path in runs]
     rows = [_HEADER, *(result.table_row() for result in results), *_seed_rows(results)]
-    return align_columns(rows, left=(0, len(_HEADER) - 1))
+    hints = [escape_line(f"{r.path}: {hint}") for r in results for hint in r.hints]
+    return "\n".join([align_columns(rows, left=(0, len(_HEADER) - 1)), *hints])
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
@@ -76,6 +78,7 @@ class _Result:
     rounds_done: int
     rounds_wanted: int
     best_round: int | None
+    hints: tuple[str, ...]  # what is doubtful about its settings
     numbers: np.ndarray  # [5] final, best, worst (fractions), bytes up, seconds; NaN where unknown
 
     @classmethod
@@ -107,6 +110,7 @@ class _Result:
             rounds_done=num_rounds,
             rounds_wanted=config["rounds"],
             best_round=best_round,
+            hints=tuple(files.hints),
             numbers=numbers,
         )
 

@@ -1,5 +1,6 @@
 """Show a running run in the terminal, from its log: curve, time left, load of the ranks."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from ..core.escapes import escape_line
 from ..core.units import format_seconds
 from ..store.files import StoreError
+from ..store.lock import is_held
 from ..store.reader import RunFiles
 from .load import RankLoad, measure_load
 
@@ -43,10 +45,12 @@ class RunStatus:
     rounds: dict[str, np.ndarray]  # [T]
     rank_load: RankLoad | None  # over the last rounds
     seconds_quiet: float  # seconds since the log changed
+    is_running: bool | None = None  # whether a process holds the run's lock; None: unknown
 
     @classmethod
     def read(cls, path: Path) -> "RunStatus":
         """Read the log now. Raises StoreError (a ValueError) if there is no valid log."""
+        is_running = is_held(path)  # before the log: the log of a run that has ended is its last
         files = RunFiles(path)
         rows = files.require_columns("train_loss")
         rounds, ranks = rows["rounds"], rows["ranks"]
@@ -56,7 +60,7 @@ class RunStatus:
             else None
         )
         quiet = max(0.0, time.time() - (path / "log.h5").stat().st_mtime)
-        return cls(path, files.checked_config, rounds, recent_load, quiet)
+        return cls(path, files.checked_config, rounds, recent_load, quiet, is_running)
 
     @property
     def round(self) -> int:
@@ -89,15 +93,20 @@ class RunStatus:
 def watch(path: Path, interval: float, single_frame: bool) -> None:
     """Show the run until its last round or Ctrl-C.
 
-    On a terminal it shows a live view, elsewhere a line per round. It waits for a stopped run,
-    because a resume or the scheduler may continue it.
+    On a terminal it shows a live view, elsewhere a line per round. It waits for a folder that is
+    not there yet, and for a stopped run, because a resume or the scheduler may continue it.
 
     interval: seconds between two reads of the log. single_frame: show one frame and return. Raises
     ValueError if ``path`` is no run folder or rich is missing.
     """
     if not 0.1 <= interval <= 3600:
         raise ValueError(f"--every = {interval:g}: must be from 0.1 to 3600 seconds")
-    status = RunStatus.read(path)
+    try:
+        if not (single_frame or os.path.lexists(path)):
+            _wait_for_folder(path, interval)
+        status = RunStatus.read(path)
+    except KeyboardInterrupt:
+        return
     if single_frame:
         print(plain_text(render_frame(status, *get_terminal_size((80, 24)))))
     elif sys.stdout.isatty():
@@ -112,6 +121,17 @@ def watch(path: Path, interval: float, single_frame: bool) -> None:
                     flush=True,
                 ),
             )
+
+
+def _wait_for_folder(path: Path, interval: float) -> None:
+    """Return when there is something at ``path``: a run's folder appears with its log."""
+    print(
+        f"fedlora-mpi: waiting for {escape_line(path)}, which is not there yet; Ctrl-C ends this",
+        file=sys.stderr,
+        flush=True,
+    )
+    while not os.path.lexists(path):
+        time.sleep(interval)
 
 
 def render_frame(status: RunStatus, width: int, height: int) -> list[Line]:
@@ -224,7 +244,8 @@ def _status_line(status: RunStatus) -> Line:
 def _pace_line(status: RunStatus) -> Line:
     """Return the line with the training loss, the speed and the time left."""
     if not status.round:
-        return [("no round yet", "")]
+        stopped = [(" · stopped", "red")] if status.is_running is False else []
+        return [("no round yet", ""), *stopped]
     line: Line = [
         (
             f"train loss {status.rounds['train_loss'][-1]:.4f} · "
@@ -237,10 +258,13 @@ def _pace_line(status: RunStatus) -> Line:
         line.append((f" · done in {format_seconds(status.elapsed)}", "bold"))
     else:
         line.append((f" · {format_seconds(rounds_left * status.seconds_per_round)} left", "bold"))
+    if not status.is_done and status.is_running is False:
+        return [*line, (" · stopped", "red")]
     if not status.is_done and status.seconds_quiet > max(
         _QUIET_SECONDS, _QUIET_ROUNDS * status.seconds_per_round
     ):
-        line.append((f" · no row for {format_seconds(status.seconds_quiet)}: stopped?", "red"))
+        doubt = "" if status.is_running else ": stopped?"
+        line.append((f" · no row for {format_seconds(status.seconds_quiet)}{doubt}", "red"))
     return line
 
 
@@ -329,7 +353,9 @@ def _watch_live(status: RunStatus, interval: float) -> None:
 def _follow_run(
     status: RunStatus, interval: float, show: Callable[[RunStatus], None], show_always: bool = False
 ) -> None:
-    """Call ``show`` for every new row until the run ends; with ``show_always`` at every read."""
+    """Call ``show`` for every new row, and when the run stops or goes on, until its last round;
+    with ``show_always`` at every read.
+    """
     show(status)
     failed = 0
     while not status.is_done:
@@ -341,6 +367,7 @@ def _follow_run(
             if failed >= _MAX_FAILED_READS:
                 raise
             continue
-        failed, has_new_round, status = 0, new_status.round != status.round, new_status
-        if has_new_round or show_always:
+        is_new = (new_status.round, new_status.is_running) != (status.round, status.is_running)
+        failed, status = 0, new_status
+        if is_new or show_always:
             show(new_status)

@@ -1,6 +1,8 @@
 """The commands, one file each, in the order in which ``--help`` lists them."""
 
 from . import (
+    check,
+    config,
     digest,
     doctor,
     export,
@@ -20,6 +22,7 @@ from .command import Command
 COMMANDS: dict[str, Command] = {
     "run": run.COMMAND,
     "resume": resume.COMMAND,
+    "config": config.COMMAND,
     "plan": plan.COMMAND,
     "partition": partition.COMMAND,
     "report": report.COMMAND,
@@ -28,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "digest": digest.COMMAND,
     "export": export.COMMAND,
     "doctor": doctor.COMMAND,
+    "check": check.COMMAND,
     "pretrain": pretrain.COMMAND,
     "submit": submit.COMMAND,
     "reproduce": reproduce.COMMAND,

@@ -1,12 +1,17 @@
 """The description of a command, which each file of this folder defines."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 OVERRIDES_HELP = (
-    "settings of the config by their dotted names, for instance train.lr=0.05 algorithm=fedavg"
+    "settings of the config by their dotted names, for instance train.lr=0.05 algorithm=fedavg; "
+    "another method, model or partition keeps the keys that mean the same for both"
 )
 
 
@@ -15,7 +20,8 @@ class Command(NamedTuple):
 
     add_arguments: adds the arguments to a parser; execute: (parsed arguments, communicator) -> exit
     code; parallel: whether it may run under mpirun; trains: whether it continues when nobody reads
-    its output; imports: whether a config may name classes of the working folder.
+    its output; imports: whether a config may name classes of the working folder; launch: (parsed
+    arguments) -> exit code, obeys ``--ranks`` if the command has that option.
 
     A command imports what it needs inside ``execute``, so that ``--help`` is quick and a broken
     library gives a one-line error.
@@ -27,6 +33,7 @@ class Command(NamedTuple):
     parallel: bool = False
     trains: bool = False
     imports: bool = True
+    launch: Callable[[argparse.Namespace], int] | None = None
 
 
 def add_config_argument(parser: argparse.ArgumentParser, help_: str = "a YAML file") -> None:
@@ -36,7 +43,19 @@ def add_config_argument(parser: argparse.ArgumentParser, help_: str = "a YAML fi
 
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that override settings of a config."""
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES_HELP)
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help=OVERRIDES_HELP
+    )
+
+
+def add_ranks_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for the number of ranks on this machine."""
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="R",
+        help="start so many processes on this machine by mpirun: a server and R - 1 workers",
+    )
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
@@ -52,3 +71,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def as_keywords(args: argparse.Namespace, *excluded: str) -> dict[str, Any]:
     """Return the arguments as keyword arguments, without ``excluded``."""
     return {name: value for name, value in vars(args).items() if name not in ("command", *excluded)}
+
+
+def tell_resets(config: "Config") -> None:
+    """Say on stderr which keys the overrides of ``config`` have reset."""
+    for line in config.resets:
+        print(f"hint: {line}", file=sys.stderr, flush=True)

@@ -22,7 +22,10 @@ def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Check this machine."""
     from ..doctor.examination import examine
     from ..mpi.ending import collectively
+    from ..mpi.launch import launched_rank
 
+    if launched_rank():  # every rank would print the same
+        return 0
     return collectively(comm, lambda: examine(args.target, args.overrides))
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Command, add_config_argument, add_override_arguments
+from .command import Command, add_config_argument, add_override_arguments, tell_resets
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -42,6 +42,7 @@ def _show_partition(args: argparse.Namespace) -> None:
     data = load_data(config, args.config)
     tell_hints(data, args.config)
     split = split_data(config, args.config, data)
+    tell_resets(config)
     if args.to:
         print(escape_line(write_folder(config, data, split, Path(args.to[1]))))
         return

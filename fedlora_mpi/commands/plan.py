@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from .command import Command, add_config_argument, add_override_arguments
+from .command import Command, add_config_argument, add_override_arguments, tell_resets
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -42,15 +42,13 @@ def execute(args: argparse.Namespace, comm: "Comm") -> int:
     from ..mpi.ending import collectively
     from ..plan import plan
 
-    machine = args.gpus, args.bandwidth, args.latency
-    print(
-        escape_lines(
-            collectively(
-                comm,
-                lambda: plan(read(args.config, args.overrides), args.config, args.ranks, *machine),
-            )
-        )
-    )
+    def plan_and_tell() -> str:
+        config = read(args.config, args.overrides)
+        text = plan(config, args.config, args.ranks, args.gpus, args.bandwidth, args.latency)
+        tell_resets(config)
+        return text
+
+    print(escape_lines(collectively(comm, plan_and_tell)))
     return 0
 
 

@@ -22,6 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--partition", help="default: the cluster's")
     parser.add_argument("--account", help="default: yours")
+    parser.add_argument(
+        "--mem", metavar="SIZE", help="per node, such as 64G (default: the cluster's)"
+    )
+    parser.add_argument("--qos", help="default: yours")
+    parser.add_argument(
+        "--constraint", metavar="FEATURES", help="of the nodes, such as 'a100|h100'"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
 
 

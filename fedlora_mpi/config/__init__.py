@@ -3,10 +3,11 @@
 from .blocks import ConfigError
 from .experiment import Config, ModelBlock, Network
 from .reading import (
+    CHOICES,
     COMMAND_LINE,
     FREE_ON_RESUME,
-    SELECTORS,
     algorithm_name,
+    annotated_yaml,
     checksummed_yaml,
     digest,
     flatten,
@@ -19,14 +20,15 @@ from .reading import (
 )
 
 __all__ = [
+    "CHOICES",
     "COMMAND_LINE",
     "FREE_ON_RESUME",
-    "SELECTORS",
     "Config",
     "ConfigError",
     "ModelBlock",
     "Network",
     "algorithm_name",
+    "annotated_yaml",
     "digest",
     "flatten",
     "from_dict",

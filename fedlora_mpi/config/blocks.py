@@ -86,47 +86,124 @@ class Origin:
         return ConfigError(f"{self.source_of_key.get(key, self.file)}: {text}")
 
 
-def merge_layers(
-    layers: Iterable[tuple[Mapping[str, Any], str]], selectors: Mapping[str, tuple[str, ...]]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The merged (layer, source) pairs, and {dotted key: its source} for ``Origin``.
+NO_KEY = {"key": False}  # metadata of a field of a dataclass that is no key of its block
 
-    A later value replaces an earlier one. ``selectors``: dotted key of a choice block -> the keys
-    in it that give its other keys their meaning; a bare name is the value of the first. A block
-    loses its earlier keys if a layer gives it as a bare name or as {}, or changes a selector.
+
+class Reset(NamedTuple):
+    """A key that somebody wrote and that another choice has set back to its default."""
+
+    key: str  # dotted
+    value: Any  # as it was written
+    source: str  # where
+    choice: str  # "key = value" of the other choice
+    choice_source: str
+
+
+def reset_lines(resets: Iterable[Reset]) -> Iterator[str]:
+    """A line for each choice, with all keys that it has reset."""
+    keys: dict[str, list[str]] = {}
+    for reset in resets:
+        choice = f"{reset.choice} ({reset.choice_source})"
+        key = f"{reset.key} = {format_value(reset.value)} ({reset.source})"
+        keys.setdefault(choice, []).append(key)
+    for choice, reset_keys in keys.items():
+        yield f"{choice} resets {', '.join(reset_keys)}"
+
+
+class Choice(NamedTuple):
+    """A block whose other keys have their meaning from one or more of its keys, the selectors.
+
+    kept: (old selection, new selection) -> the other keys that mean the same under both.
     """
-    merged: dict[tuple[str, ...], tuple[Any, str]] = {}
+
+    selectors: tuple[str, ...]  # a bare name is the value of the first
+    kept: Callable[[Mapping[str, Any], Mapping[str, Any]], Collection[str]]
+
+
+class Merged(NamedTuple):
+    """Several layers as one tree."""
+
+    tree: dict[str, Any]
+    sources: dict[str, str]  # {dotted key: its source} for ``Origin``
+    resets: tuple[Reset, ...]
+
+
+Path = tuple[str, ...]
+
+
+def merge_layers(
+    layers: Iterable[tuple[Mapping[str, Any], str]], choices: Mapping[str, Choice]
+) -> Merged:
+    """The merged (layer, source) pairs; a later value replaces an earlier one.
+
+    ``choices``: by the dotted keys of their blocks. A layer that names the same choice as before
+    keeps the block's earlier keys. One that names another keeps those that mean the same, and
+    resets the rest. One that gives a block as {} removes all its keys.
+    """
+    merged: dict[Path, tuple[Any, str]] = {}
+    resets: list[Reset] = []
     for layer, source in layers:
-        layer_leaves = {path: (value, source) for path, value in _iter_leaves(layer)}
-        for key, names in selectors.items():
+        new = {path: (value, source) for path, value in _iter_leaves(layer)}
+        for key, choice in choices.items():
             block = tuple(key.split("."))
-            is_bare_name = block in merged and isinstance(merged[block][0], str)
-            if (
-                is_bare_name
-                and block not in layer_leaves
-                and any(_is_nested(block, path) for path in layer_leaves)
-            ):
-                merged[(*block, names[0])] = merged.pop(block)
-            old_selection, new_selection = (
-                {n: leaves[(*block, n)][0] for n in names if (*block, n) in leaves}
-                for leaves in (merged, layer_leaves)
-            )
-            if old_selection and new_selection and old_selection != new_selection:
-                merged = {
-                    path: entry for path, entry in merged.items() if not _is_nested(block, path)
-                }
+            _name_selector(merged, new, (*block, choice.selectors[0]))
+            merged, reset_paths, named = _select(merged, new, block, choice)
+            resets += [
+                Reset(".".join(path), *reset_paths[path], named, source) for path in reset_paths
+            ]
         merged = {
             path: given
             for path, given in merged.items()
-            if not any(_is_nested(path, new_path) for new_path in layer_leaves)
-        } | layer_leaves
+            if not any(_is_nested(path, new_path) for new_path in new)
+        } | new
     tree: dict[str, Any] = {}
     for path, (value, _) in merged.items():
         inner = tree
         for name in path[:-1]:
             inner = inner.setdefault(name, {})
         inner[path[-1]] = value
-    return tree, {".".join(path): source for path, (_, source) in merged.items()}
+    sources = {".".join(path): source for path, (_, source) in merged.items()}
+    last_resets = {reset.key: reset for reset in resets if reset.key not in sources}
+    return Merged(tree, sources, tuple(last_resets.values()))
+
+
+def _name_selector(
+    merged: dict[Path, tuple[Any, str]], new: dict[Path, tuple[Any, str]], selector: Path
+) -> None:
+    """Write a block that one of the two gives as a bare name under its ``selector``, if the other
+    gives keys in it.
+    """
+    block = selector[:-1]
+    for given, other in ((merged, new), (new, merged)):
+        is_bare_name = block in given and isinstance(given[block][0], str)
+        if is_bare_name and any(
+            len(path) > len(block) and _is_nested(block, path) for path in other
+        ):
+            given[selector] = given.pop(block)
+
+
+def _select(
+    merged: dict[Path, tuple[Any, str]],
+    new: Mapping[Path, tuple[Any, str]],
+    block: Path,
+    choice: Choice,
+) -> tuple[dict[Path, tuple[Any, str]], dict[Path, tuple[Any, str]], str]:
+    """(what stays of ``merged``, what the choice of the layer ``new`` resets, that choice)."""
+    old_selection, new_selection = (
+        {n: leaves[(*block, n)][0] for n in choice.selectors if (*block, n) in leaves}
+        for leaves in (merged, new)
+    )
+    if not (old_selection and new_selection) or old_selection == new_selection:
+        return merged, {}, ""
+    kept = choice.kept(old_selection, new_selection)
+    selector, value = next(iter(new_selection.items()))
+    named = f"{'.'.join((*block, selector))} = {format_value(value)}"
+    in_block = {p: v for p, v in merged.items() if len(p) > len(block) and _is_nested(block, p)}
+    removed = {path for path in in_block if path[len(block)] not in kept}
+    resets = {
+        p: in_block[p] for p in in_block if p in removed and p[len(block)] not in choice.selectors
+    }
+    return {p: v for p, v in merged.items() if p not in removed}, resets, named
 
 
 Reader = Callable[[Any, str, Origin], Any]  # (value, dotted key, origin) -> the checked value
@@ -148,6 +225,7 @@ def config_fields(cls: type) -> dict[str, Field]:
             f.default if f.default_factory is MISSING else f.default_factory(),
         )
         for f in fields(cls)
+        if f.metadata != NO_KEY
     }
 
 

@@ -1,7 +1,7 @@
 """A whole experiment as frozen dataclasses; ``reading.py`` builds them from a YAML file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..algorithm import Algorithm, LocalTraining
@@ -14,6 +14,7 @@ from ..engine.settings import Engine
 from ..models import zoo
 from ..privacy.check import check_settings
 from ..privacy.settings import Privacy
+from .blocks import NO_KEY
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,8 @@ class Config:
     mix: Literal["auto", "root", "spread"] = "auto"
     uplink: Literal["auto", "sum", "gather"] = "auto"
     server_hosts_clients: bool = False
+    # no key: what overrides have reset, a line each
+    resets: tuple[str, ...] = field(default=(), compare=False, repr=False, metadata=NO_KEY)
 
     def __post_init__(self) -> None:
         bounded(self, seed="[0, inf)", rounds="[1, inf)", participation="(0, 1]")

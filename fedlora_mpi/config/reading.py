@@ -10,33 +10,33 @@ Every mistake is a ``ConfigError`` of one line.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from .. import algorithms
-from ..algorithm import Algorithm
-from ..data.datasets import Source
+from ..algorithm import Algorithm, dataclass_mistake
+from ..data.csv_numbers import Table
+from ..data.datasets import DATASETS, Source
 from ..data.partition import PARTITIONS, Partition
 from ..models import zoo
 from ..privacy.settings import Privacy
 from ..store.files import text_checksum
 from . import blocks
-from .blocks import ConfigError, Field, Origin
+from .blocks import ConfigError, Field, Origin, reset_lines
 from .experiment import Config, DataBlock, Faults, Log, ModelBlock, Network
 
-# The keys of a choice block that give its other keys their meaning.
-SELECTORS = {"data.partition": ("kind",), "model": ("name", "mix"), "algorithm": ("name",)}
 FREE_ON_RESUME = (
     "rounds",
     "output",
     "checkpoint",
     "data.root",
+    "data.path",
     "data.download",
     "server_hosts_clients",
     "mix",
@@ -57,9 +57,18 @@ OMIT_IF_DEFAULT = {
 }
 COMMAND_LINE = "command line"
 # Overrides that are paths; those of the second tuple may also be null.
-_PATH_KEYS = ("output", "data.root", "data.text.train", "data.text.test", "model.folder")
-_NULLABLE_PATH_KEYS = ("data.text.tokenizer", "model.weights")
+_PATH_KEYS = (
+    "output",
+    "data.root",
+    "data.text.train",
+    "data.text.test",
+    "data.table.train",
+    "data.table.test",
+    "model.folder",
+)
+_NULLABLE_PATH_KEYS = ("data.text.tokenizer", "data.path", "model.weights")
 _CHECKSUM_PREFIX = "# Checksum of what follows: "
+_RESET_PREFIX = "# Hint: "
 _MAX_DEPTH = 20
 _PLACEHOLDER = re.compile(r"\{(.*?)\}")
 
@@ -91,9 +100,66 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, Origin]:
     if "base" in layers[0][0]:
         layers.insert(0, _load_base(layers[0][0].pop("base"), path))
     layers += [(layer, COMMAND_LINE) for layer in _parse_overrides(overrides)]
-    tree, sources = blocks.merge_layers(layers, SELECTORS)
-    origin = Origin(str(path), sources)
-    return _build_config(tree, origin), origin
+    merged = blocks.merge_layers(layers, CHOICES)
+    origin = Origin(str(path), merged.sources)
+    config = replace(_build_config(merged.tree, origin), resets=tuple(reset_lines(merged.resets)))
+    return config, origin
+
+
+def annotated_yaml(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """``resolved_yaml`` of ``read(path, overrides)`` with the origin of each key as a comment:
+    ``default``, ``FILE:LINE`` or ``command line``. Raises ConfigError.
+    """
+    config = read(path, overrides)
+    sources = _read(Path(path), overrides)[1].source_of_key
+    lines = {
+        file: _key_lines(_read_text(Path(file))) for file in set(sources.values()) - {COMMAND_LINE}
+    }
+    text = resolved_yaml(config)
+    key_of_line = {line: key for key, line in _key_lines(text).items()}
+    settings, annotated = flatten(config), []
+    for number, line in enumerate(text.splitlines(), 1):
+        key = key_of_line.get(number)
+        if key in settings:
+            line = f"{line:<48}  # {_place(key, sources, lines)}"
+        annotated.append(line)
+    return "\n".join(annotated) + "\n"
+
+
+def _place(key: str, sources: Mapping[str, str], lines: Mapping[str, Mapping[str, int]]) -> str:
+    """Where ``key`` is set: ``default``, ``command line``, or ``FILE:LINE``.
+
+    lines: of each file, the number of each key's line.
+    """
+    selectors = [f"{block}.{choice.selectors[0]}" for block, choice in CHOICES.items()]
+    written = next((k for k in _with_parents(key) if k in sources), "")
+    # under a block that is a bare name, all keys but the name are defaults
+    if not written or (written != key and key not in selectors):
+        return "default"
+    source = sources[written]
+    # a bare name counts as its selector, which has no line of its own
+    numbers = [n for k in _with_parents(key) if (n := lines.get(source, {}).get(k))]
+    return f"{source}:{numbers[0]}" if numbers else source
+
+
+def _with_parents(key: str) -> Iterator[str]:
+    """``key``, and the blocks around it from inside out."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
+
+
+def _key_lines(text: str) -> dict[str, int]:
+    """{dotted key: number of its line, from 1} of a YAML text that has been read before."""
+
+    def walk(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        for key, value in node.value:
+            yield f"{prefix}{key.value}", key.start_mark.line + 1
+            yield from walk(value, f"{prefix}{key.value}.")
+
+    return dict(walk(_Loader(text).get_single_node(), ""))
 
 
 def from_dict(mapping: Mapping[str, Any], source: str) -> Config:
@@ -119,6 +185,10 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         tree["data"]["tasks"] = blocks.to_plain(config.data.tasks)
     if not config.data.source.allow_pickle:
         del tree["data"]["allow_pickle"]
+    if config.data.source.path is None:
+        del tree["data"]["path"]
+    if config.data.source.table == Table():
+        del tree["data"]["table"]
     if config.privacy == Privacy():
         del tree["privacy"]
     if config.data.source.text.tokenizer is None:
@@ -162,8 +232,10 @@ def resolved_yaml(config: Config) -> str:
 
 
 def checksummed_yaml(config: Config) -> str:
-    """``resolved_yaml`` after a line with its checksum, for ``read_recorded``."""
-    text = resolved_yaml(config)
+    """``resolved_yaml`` after a line with its checksum, for ``read_recorded``, and a line for each
+    key that an override has reset.
+    """
+    text = "".join(f"{_RESET_PREFIX}{reset}\n" for reset in config.resets) + resolved_yaml(config)
     return f"{_CHECKSUM_PREFIX}{text_checksum(text)}\n{text}"
 
 
@@ -180,7 +252,13 @@ def read_recorded(path: Path, overrides: Sequence[str] = ()) -> Config:
             f"{path}: checksum differs, the file was damaged or edited; give changes as "
             "KEY=VALUE, and remove its first line to take it as it is"
         )
-    return _read(path, overrides)[0]
+    recorded = tuple(
+        line.removeprefix(_RESET_PREFIX)
+        for line in yaml_text.splitlines()
+        if line.startswith(_RESET_PREFIX)
+    )
+    config = _read(path, overrides)[0]
+    return replace(config, resets=recorded + config.resets)
 
 
 def read_recorded_rounds(path: Path, overrides: Sequence[str] = ()) -> int:
@@ -253,7 +331,8 @@ def _build_data(value: Any, key: str, origin: Origin) -> DataBlock:
         "partition": Field(_build_partition),
         "tasks": blocks.config_fields(DataBlock)["tasks"],
     }
-    values = blocks.read_block(blocks.config_fields(Source) | extra_fields, value, key, origin, key)
+    known_fields = blocks.config_fields(Source) | {"dataset": Field(_read_dataset)} | extra_fields
+    values = blocks.read_block(known_fields, value, key, origin, key)
     extra_values = {name: values.pop(name) for name in extra_fields}
     return blocks.construct(
         DataBlock,
@@ -261,6 +340,12 @@ def _build_data(value: Any, key: str, origin: Origin) -> DataBlock:
         key,
         origin,
     )
+
+
+def _read_dataset(value: Any, key: str, origin: Origin) -> str:
+    if isinstance(value, Mapping):
+        raise origin.error(key, "must be a name or <module>:<function>, not a block", value)
+    return blocks.split_choice("", DATASETS, "<module>:<function>", value, key, origin)[0]
 
 
 def _build_partition(value: Any, key: str, origin: Origin) -> Partition:
@@ -314,8 +399,8 @@ def _build_algorithm(value: Any, key: str, origin: Origin) -> Algorithm:
         cls = algorithms.find_algorithm(name)
     except ValueError as error:
         raise origin.refusal(key, error) from None
-    if not is_dataclass(cls):
-        raise origin.error(blocks.dotted_key(key, "name"), "must be a frozen dataclass", name)
+    if mistake := dataclass_mistake(cls):
+        raise origin.error(blocks.dotted_key(key, "name"), mistake, name)
     return blocks.build_block(cls, options, key, origin, owner=name)
 
 
@@ -348,7 +433,7 @@ def _parse_overrides(texts: Sequence[str]) -> list[dict]:
                 f"{COMMAND_LINE}: {text}: must be key=value, for instance train.lr=0.1"
             )
         pairs.append((key, _parse_override(key, value, f"{COMMAND_LINE}: {text}")))
-    selectors = [f"{block}.{name}" for block, names in SELECTORS.items() for name in names]
+    selectors = [f"{block}.{n}" for block, choice in CHOICES.items() for n in choice.selectors]
     pairs.sort(key=lambda pair: (pair[0].count("."), pair[0] not in selectors))
     return [_nest_keys(key.split("."), value) for key, value in pairs]
 
@@ -375,6 +460,43 @@ def _parse_override(key: str, text: str, source: str) -> Any:
             "shell"
         )
     return value
+
+
+# Which keys of a block mean the same under two choices.
+
+
+def _common_partition_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> Collection[str]:
+    """What all partitions have: clients, train, test, seed, overlap."""
+    return [f.name for f in fields(Partition)]
+
+
+def _common_network_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> Collection[str]:
+    """None: another network has other weights, and its options only share their names."""
+    return ()
+
+
+def _common_method_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> Collection[str]:
+    """The fields that both methods have from the same class, for instance ``LowRank``."""
+    try:
+        classes = [algorithms.find_algorithm(selection["name"]) for selection in (old, new)]
+    except (ValueError, TypeError):  # the name is refused later, with its place
+        return ()
+    if not all(map(is_dataclass, classes)):
+        return ()
+    owners = [
+        {name: owner for owner in cls.__mro__ for name in vars(owner).get("__annotations__", ())}
+        for cls in classes
+    ]
+    old_names, new_names = ({f.name for f in fields(cast(Any, cls))} for cls in classes)
+    common = old_names & new_names
+    return [name for name in common if owners[0][name] is owners[1][name]]
+
+
+CHOICES = {
+    "data.partition": blocks.Choice(("kind",), _common_partition_fields),
+    "model": blocks.Choice(("name", "mix"), _common_network_fields),
+    "algorithm": blocks.Choice(("name",), _common_method_fields),
+}
 
 
 def _nest_keys(names: Sequence[str], value: Any) -> dict:

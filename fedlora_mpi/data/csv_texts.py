@@ -49,7 +49,7 @@ def read_ag_news(folder: str, settings: Text) -> RawData:
     def read_side(key: str) -> LabelledTexts:
         name, multiline_rows = getattr(settings, key), []
         samples = LabelledTexts([], [])
-        for row in _rows(folder, key, name):
+        for row in read_rows(folder, f"text.{key}", name):
             if len(row.fields) != 3 or row.fields[0] not in labels:
                 raise ValueError(
                     f"{row.location}: must be a class from 1 to 4, a title and a description"
@@ -98,15 +98,15 @@ def read_csv(folder: str, settings: Text) -> RawData:
 def _read_table(folder: str, key: str, settings: Text) -> Table:
     """Return the texts and the labels of one file."""
     name = getattr(settings, key)
-    rows = _rows(folder, key, name)
+    rows = read_rows(folder, f"text.{key}", name)
     header = next(rows)
     columns = [column.strip() for column in header.fields]
     wanted_columns = [
-        ("label", settings.label),
-        *(("columns", column) for column in settings.columns),
+        ("text.label", settings.label),
+        *(("text.columns", column) for column in settings.columns),
     ]
     label_index, *text_indices = (
-        _column_index(header, field, column.strip(), name) for field, column in wanted_columns
+        column_index(header, field, column.strip(), name) for field, column in wanted_columns
     )
     texts, labels, lines, multiline_rows = [], [], [], []
     for row in rows:
@@ -132,14 +132,15 @@ def _read_table(folder: str, key: str, settings: Text) -> Table:
     return Table(texts, labels, lines, tuple(f"text.{key} = {name}: {hint}" for hint in hints))
 
 
-def _column_index(header: Row, field: str, column: str, file: str) -> int:
-    """Return the index of a column; raise ValueError unless the header names it exactly once."""
+def column_index(header: Row, key: str, column: str, file: str) -> int:
+    """Return the index of a column, which the setting ``key`` names.
+
+    Raises ValueError unless the header names it exactly once.
+    """
     columns = [name.strip() for name in header.fields]
     if column not in columns:
         known_columns = ", ".join(map(_single_line, columns))
-        raise ValueError(
-            f"text.{field} = {column}: {file} has no such column; there are {known_columns}"
-        )
+        raise ValueError(f"{key} = {column}: {file} has no such column; there are {known_columns}")
     if columns.count(column) > 1:
         times = columns.count(column)
         raise ValueError(
@@ -167,12 +168,12 @@ def _open_quote_hints(rows: Sequence[Row], columns: int, label: int, labels: set
     return []
 
 
-def _rows(folder: str, key: str, name: str) -> Iterator[Row]:
-    """Yield every row of a file except empty lines.
+def read_rows(folder: str, key: str, name: str) -> Iterator[Row]:
+    """Yield every row of the file ``name``, which the setting ``key`` names, except empty lines.
 
     Raises ValueError if the file cannot be read, is not strict CSV in UTF-8, or has no row.
     """
-    source, path, line, empty = f"text.{key} = {name}", os.path.join(folder, name), 0, True
+    source, path, line, empty = f"{key} = {name}", os.path.join(folder, name), 0, True
     try:
         with open(path, newline="", encoding="utf-8-sig") as file, _unlimited_fields():
             reader = csv.reader(file, strict=True)

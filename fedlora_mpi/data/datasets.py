@@ -1,6 +1,7 @@
 """Load a data set into memory.
 
-Images are bytes, with their normalisation and training augmentation. Texts are token ids.
+Images are bytes, with their normalisation and training augmentation. Texts are token ids. A
+user's own data may also be floats of any shape.
 """
 
 import os
@@ -17,46 +18,57 @@ from ..core.bounds import bounded
 from ..core.paths import check_path, expand_home
 from ..core.seeds import rng
 from ..core.vision import import_torchvision
-from . import pfllib
+from . import own, pfllib
+from .csv_numbers import Table, read_tables
 from .csv_texts import read_ag_news, read_csv
 from .folders import read_folder, read_tiny_imagenet
+from .own_checks import check
 from .samples import LabelledTexts, RawData, Samples, to_samples
 from .texts import Text, Vocabulary
 
 
 class Data(NamedTuple):
-    """A data set: images, or texts with their vocabulary.
+    """A data set: images, texts with their vocabulary, token ids, or floats of any shape.
 
-    Images are normalised per channel as (x / 255 - mean) / std when they are read.
+    Bytes are normalised per channel as (x / 255 - mean) / std when they are read, floats as (x -
+    mean) / std.
     """
 
     train: Samples
     test: Samples
     classes: int
     mean: tuple[float, ...] = ()  # per channel, of values in 0..1
-    std: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()  # floats: one number for all values, or one for each channel
     augment: tuple[str, ...] = ()  # names of training transforms, see ``transforms``
-    vocabulary: Vocabulary | None = None  # None for images
+    vocabulary: Vocabulary | None = None  # None if the data set has no texts
     # client of each training and of each test sample, if the data set comes with a split
     owners: tuple[np.ndarray, np.ndarray] | None = None
     class_names: tuple[str, ...] = ()  # empty if the classes have no names
     # what the user should know about the files, one line each: "key = value: ..."
     hints: tuple[str, ...] = ()
+    is_own: bool = False  # the user's arrays: their normalisation is part of the data
+    # (number of token ids, token id of padding) of inputs that are token ids without a vocabulary
+    token_settings: tuple[int, int] = (0, 0)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one input: (ch, H, W) for an image, (L,) for a text."""
+        """Shape of one input: (ch, H, W) for an image, (L,) for a text, (F,) for features."""
         return tuple(self.train.x.shape[1:])
 
     @property
     def tokens(self) -> int:
-        """Number of token ids: text inputs are integers below it. 0 for images (float inputs)."""
-        return self.vocabulary.size if self.vocabulary else 0
+        """Number of token ids: text inputs are integers below it. 0 for float inputs."""
+        return self.vocabulary.size if self.vocabulary else self.token_settings[0]
 
     @property
     def padding(self) -> int:
-        """Token id of padding; 0 for images."""
-        return self.vocabulary.padding if self.vocabulary else 0
+        """Token id of padding; 0 for float inputs."""
+        return self.vocabulary.padding if self.vocabulary else self.token_settings[1]
+
+    @property
+    def has_images(self) -> bool:
+        """Whether an input is an image [ch, H, W]."""
+        return not self.tokens and len(self.shape) == 3
 
 
 @dataclass(frozen=True)
@@ -87,21 +99,10 @@ Transform = Literal["crop", "crop_mean", "flip", "rotate", "erase"]
 class Source:
     """The ``data`` block without the partition."""
 
-    dataset: Literal[
-        "cifar10",
-        "cifar100",
-        "fashionmnist",
-        "mnist",
-        "tiny_imagenet",
-        "folder",
-        "digits",
-        "synthetic",
-        "ag_news",
-        "csv",
-        "pfllib",
-    ]
+    dataset: str  # a name in DATASETS, or module:function
     # Folder in which torchvision puts its folders. "folder": the folder with train/ and val/ or
-    # test/. "csv": the folder of the files. "pfllib": a folder dataset/NAME of PFLlib.
+    # test/. "csv", "csv_numbers": the folder of the files. "pfllib": a folder dataset/NAME of
+    # PFLlib. A function of the user gets it if it has a parameter ``root``.
     root: str = "~/data"
     download: bool = False
     # how the data of clients differ, see ``feed.Feed``
@@ -112,9 +113,19 @@ class Source:
     synthetic: Synthetic = Synthetic()
     text: Text = Text()  # "ag_news" and "csv" only
     allow_pickle: bool = False  # "pfllib" only: its files are pickles
+    path: str | None = None  # "npz" only: the file
+    table: Table = Table()  # "csv_numbers" only
 
     def __post_init__(self) -> None:
         check_path("root", self.root)
+        if self.dataset == "npz" and not self.path:
+            raise ValueError("path = null: dataset = npz needs the path of an npz file; give it")
+        if self.path is not None and self.dataset != "npz":
+            raise ValueError(f"path = {self.path}: only dataset = npz has a path; leave it out")
+        if self.table != Table() and self.dataset != "csv_numbers":
+            raise ValueError("table: only dataset = csv_numbers has this block; leave it out")
+        if self.path is not None:
+            check_path("path", self.path)
         transforms = self.augment if isinstance(self.augment, tuple) else ()
         if len(set(transforms)) < len(transforms):
             raise ValueError(
@@ -137,6 +148,36 @@ class Source:
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size = {self.image_size}: must be an integer of at least 1")
 
+    @property
+    def is_function(self) -> bool:
+        """Whether the data come from a function of the user."""
+        return ":" in self.dataset
+
+    @property
+    def place(self) -> str:
+        """The setting, "key = value", that says where the data come from."""
+        if self.path is not None:
+            return f"path = {self.path}"
+        return f"dataset = {self.dataset}" if self.is_function else f"root = {self.root}"
+
+
+# Names of data sets; any other is a function of the user.
+DATASETS = (
+    "cifar10",
+    "cifar100",
+    "fashionmnist",
+    "mnist",
+    "tiny_imagenet",
+    "folder",
+    "digits",
+    "synthetic",
+    "ag_news",
+    "csv",
+    "pfllib",
+    "npz",
+    "csv_numbers",
+)
+
 
 def load(source: Source) -> Data:
     """Return the data set; download missing files first if ``source.download`` is true.
@@ -145,6 +186,8 @@ def load(source: Source) -> Data:
     """
     if source.dataset in _TEXT_READERS:
         return _load_texts(source)
+    if source.is_function or source.dataset in _OWN_READERS:
+        return _load_own(source)
     if source.dataset == "pfllib":
         folder = pfllib.read(source.root, source.allow_pickle)
         train, test = (
@@ -177,6 +220,39 @@ def load(source: Source) -> Data:
         class_names=raw.class_names,
         hints=raw.hints,
     )
+
+
+def _load_own(source: Source) -> Data:
+    """Return the user's arrays, checked as the files of the other data sets are."""
+    arrays = (
+        own.call_function(source.dataset, source.root)
+        if source.is_function
+        else _OWN_READERS[source.dataset](source)
+    )
+    checked = check(arrays, source.place)
+    transforms = source.augment if isinstance(source.augment, tuple) else ()
+    mean, std = checked.mean, checked.std
+    if mean is None or std is None:
+        mean, std = _channel_moments(checked.train.x)
+    data = Data(
+        checked.train,
+        checked.test,
+        checked.classes,
+        mean,
+        std,
+        transforms,
+        owners=checked.owners,
+        class_names=checked.class_names,
+        hints=checked.hints,
+        is_own=True,
+        token_settings=(checked.tokens, checked.padding),
+    )
+    if transforms and not data.has_images:
+        raise ValueError(
+            f"augment = {list(transforms)}: only images are transformed, an input here has the "
+            f"shape {list(data.shape)}; leave it out"
+        )
+    return data
 
 
 def _load_texts(source: Source) -> Data:
@@ -349,6 +425,10 @@ _AG_NEWS_MD5 = {
 _TEXT_READERS: dict[str, Callable[[Source], RawData]] = {
     "ag_news": _ag_news,
     "csv": lambda source: read_csv(str(expand_home(source.root)), source.text),
+}
+_OWN_READERS: dict[str, Callable[[Source], own.OwnData]] = {
+    "npz": lambda source: own.read_npz(str(source.path)),
+    "csv_numbers": lambda source: read_tables(str(expand_home(source.root)), source.table),
 }
 _READERS: dict[str, Callable[[Source], RawData]] = {
     "cifar10": _torchvision_reader("CIFAR10", "cifar-10-batches-py"),

@@ -166,8 +166,9 @@ class Feed:
         on_batch: Callable[[], None] = lambda: None,
     ) -> None:
         self.classes, self.shape = data.classes, data.shape
-        if shift == "rotate" and (data.vocabulary or self.shape[1] != self.shape[2]):
-            input_kind = "texts" if data.vocabulary else "{} x {}".format(*self.shape[1:])
+        if shift == "rotate" and not (data.has_images and self.shape[1] == self.shape[2]):
+            input_kind = " x ".join(map(str, self.shape[-2:])) if data.has_images else "numbers"
+            input_kind = "texts" if data.tokens else input_kind
             raise ValueError(
                 f"data.shift = rotate: needs square images, these are {input_kind}; use labels"
             )

@@ -26,13 +26,16 @@ class Store(Protocol):
 
 
 class Images(NamedTuple):
-    """Images of P = H * W * ch bytes, channels last; they are read as (x / 255 - mean) / std."""
+    """Images of P = H * W * ch numbers, channels last.
 
-    images: Tensor  # [M, H, W, ch] uint8
+    Bytes are read as (x / 255 - mean) / std, floats as (x - mean) / std.
+    """
+
+    images: Tensor  # [M, H, W, ch] uint8 or float32
     labels: Tensor  # [M] int64
     # One long row each: on a CPU, broadcasting over a last axis of three channels takes eight times
     # as long.
-    scale: Tensor  # [P] 1 / (255 std) of each number's channel
+    scale: Tensor  # [P] 1 / (255 std) of each number's channel, 1 / std for floats
     offset: Tensor  # [P] -mean / std of each number's channel
 
     @property
@@ -81,15 +84,40 @@ class Texts(NamedTuple):
         return self.tokens[rows].long(), self.labels[rows]
 
 
-def build_store(data: Data, samples: Samples, device: torch.device) -> Images | Texts:
+class Numbers(NamedTuple):
+    """Float inputs of any shape, normalised: feature vectors or sequences."""
+
+    values: Tensor  # [M, ...] float32
+    labels: Tensor  # [M] int64
+
+    @property
+    def sample_numel(self) -> int:
+        """How many numbers a sample has when it is read."""
+        return self.values[0].numel()
+
+    def read(self, rows: Tensor, warps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return inputs [C, B, ...] and labels [C, B] of the samples ``rows`` [C, B].
+
+        ``warps`` must be empty.
+        """
+        assert not warps, f"warps of numbers: {', '.join(warps)}"
+        return self.values[rows], self.labels[rows]
+
+
+def build_store(data: Data, samples: Samples, device: torch.device) -> Images | Texts | Numbers:
     """Return ``samples``, a side of ``data``, on ``device``."""
     labels = samples.y.to(device)
-    if data.vocabulary:
+    if data.tokens:
         return Texts(samples.x.to(device), labels)
+    if not data.has_images:
+        moments = (torch.tensor(v) for v in (data.mean, data.std))
+        mean_value, std_value = (v.float() for v in moments)
+        return Numbers(((samples.x - mean_value) / std_value).to(device), labels)
     images = samples.x.permute(0, 2, 3, 1).contiguous().to(device)
     mean, std = np.array(data.mean), np.array(data.std)
     pixels = images[0].numel() // len(mean)
-    scale, offset = (np.tile(v, pixels) for v in (1 / (255 * std), -mean / std))
+    top = 255 if images.dtype == torch.uint8 else 1
+    scale, offset = (np.tile(v, pixels) for v in (1 / (top * std), -mean / std))
     return Images(
         images, labels, *(torch.from_numpy(v).float().to(device) for v in (scale, offset))
     )

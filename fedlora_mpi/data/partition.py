@@ -373,22 +373,29 @@ class GivenSplit(Partition):
     def split(self, train_y, test_y, classes, owners=None):
         if owners is None:
             raise ValueError(
-                "data.partition.kind = given: this data set has no split; choose another kind, or "
-                "data.dataset = pfllib"
+                "data.partition.kind = given: this data set has no split; choose another kind, "
+                "data.dataset = pfllib, or data with client_train and client_test"
             )
         if (given_clients := 1 + max(int(side.max()) for side in owners)) != self.clients:
             raise ValueError(
                 f"data.partition.clients = {self.clients}: the given split has {given_clients} "
                 "clients; say so"
             )
-        rows = [
-            [np.flatnonzero(side == client) for client in range(given_clients)] for side in owners
-        ]
+        rows = [_rows_of_clients(side, given_clients) for side in owners]
         train, test = (
             tuple(client_rows[: limit or None] for client_rows in side)
             for side, limit in zip(rows, (self.train, self.test), strict=True)
         )
         return self._checked_split(train, test, train_y, test_y, classes)
+
+    def _check_nonempty(self, name: str, rows_by_client: Rows) -> None:
+        empty_clients = [client for client, rows in enumerate(rows_by_client) if not len(rows)]
+        if empty_clients:
+            raise ValueError(
+                f"data.partition.kind = given: {len(empty_clients)} of {self.clients} clients "
+                f"(first: {empty_clients[0]}) hold no {name} sample in the given split; give them "
+                "one, remove them from the data, or choose another kind"
+            )
 
 
 PARTITIONS: dict[str, type[Partition]] = {
@@ -400,6 +407,12 @@ PARTITIONS: dict[str, type[Partition]] = {
     "quantity": Quantity,
     "given": GivenSplit,
 }
+
+
+def _rows_of_clients(owners: np.ndarray, clients: int) -> list[np.ndarray]:
+    """Return the samples of each client, in the order of the data set."""
+    order = np.argsort(owners, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(owners, minlength=clients))[:-1])
 
 
 def _class_counts(y: np.ndarray, rows_by_client: Rows, classes: int) -> np.ndarray:

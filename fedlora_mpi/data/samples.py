@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class Samples(NamedTuple):
-    """Images or texts, and their classes."""
+    """Inputs and their classes."""
 
-    x: Tensor  # [M, ch, H, W] uint8, or [M, L] int32 token ids
+    x: Tensor  # [M, ch, H, W] uint8, [M, L] int32 token ids, or float32 of any shape
     y: Tensor  # [M] int64
 
 

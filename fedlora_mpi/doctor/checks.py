@@ -90,7 +90,8 @@ def _check_launch(setup: Setup) -> Finding:
         cause = " ".join(err.split())[-300:]
         refuses_root = "allow-run-as-root" in err
         remedy = (
-            "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1, or be another user"
+            "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1, or be another "
+            "user; `fedlora-mpi run --ranks` works as it is"
         )
         text = f"{launcher} -n 2 ends with code {code}"
         if refuses_root:
@@ -175,8 +176,12 @@ def _check_threads(setup: Setup) -> Finding:
         )
     return Finding(
         "ok",
-        f"{cores} of {os.cpu_count()} cores are open to this process; with engine.threads = "
-        f"{threads} mpirun -n {cores // threads + 1} keeps them busy",
+        f"{cores} of {os.cpu_count()} cores are open to this process"
+        + (
+            f"; with engine.threads = {threads} --ranks {cores // threads + 1} keeps them busy"
+            if find_mpirun()
+            else ""
+        ),
     )
 
 
@@ -218,25 +223,34 @@ def _check_locks(setup: Setup) -> Finding:
     )
 
 
-def _check_space(setup: Setup) -> Finding:
-    free = shutil.disk_usage(_existing_folder(setup.folder)).free
-    if not setup.source:
-        level = "ok" if free >= _MIN_FREE_BYTES else "warning"
-        text = f"{format_bytes(free)} free in {_existing_folder(setup.folder)}"
-        return Finding(level, text, "" if level == "ok" else CHECKS["space"].remedy)
+def _check_build(setup: Setup) -> Finding:
+    return Finding("ok", "the data are there; partition, networks and method can be built")
+
+
+def build_values(setup: Setup) -> dict[str, Any]:
+    """Build the parts of the run, and return what later checks need. Raises ValueError."""
     from .. import config as configs
     from ..mpi.comm import Solo
     from ..plan import storage_bytes
     from ..run.assembly import build
 
     config = configs.read(setup.source, setup.overrides)
-    need = storage_bytes(build(config, setup.source, Solo()))
-    level = "failure" if need > free else "warning" if 2 * need > free else "ok"
-    text = (
-        f"{format_bytes(free)} free in {_existing_folder(setup.folder)}, the run needs "
-        f"{format_bytes(need)}"
-    )
+    return {"need": storage_bytes(build(config, setup.source, Solo()))}
+
+
+def _check_space(setup: Setup) -> Finding:
+    free = shutil.disk_usage(_existing_folder(setup.folder)).free
+    text = f"{format_bytes(free)} free in {_existing_folder(setup.folder)}"
+    if setup.need is None:
+        level = "ok" if free >= _MIN_FREE_BYTES else "warning"
+    else:
+        level = "failure" if setup.need > free else "warning" if 2 * setup.need > free else "ok"
+        text += f", the run needs {format_bytes(setup.need)}"
     return Finding(level, text, "" if level == "ok" else CHECKS["space"].remedy)
+
+
+# Checks of a config, which also find values for the checks after them.
+FINDERS = {"config": read_config_values, "build": build_values}
 
 
 def _check_torchvision(setup: Setup) -> Finding:
@@ -283,7 +297,8 @@ CHECKS = {
     "threads": Check(_check_threads, "engine.threads=1"),
     "HDF5": Check(_check_hdf5, "choose another output=..., on a file system that can be written"),
     "locks": Check(_check_locks, "choose another output=..., on a file system that can be written"),
-    "space": Check(_check_space, "free some, choose another output=..., or checkpoint.keep=1", 300),
+    "build": Check(_check_build, "correct the config, or get the data", 300),
+    "space": Check(_check_space, "free some, choose another output=..., or checkpoint.keep=1"),
     "torchvision": Check(
         _check_torchvision,
         "pip install the torchvision that belongs to this torch (constraints.txt)",

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.escapes import escape_line
+from ..mpi.ending import CollectiveExit
 from ..mpi.launch import function_command
-from .checks import CHECKS, is_run_config, read_config_values
+from .checks import CHECKS, FINDERS, is_run_config
 from .finding import Finding, Setup, run_command
 
 
@@ -38,8 +39,12 @@ def examine(
         setup = setup._replace(**{"source": "", **config_values})
         report("config", finding)
     for name in CHECKS:
-        if name != "config":
+        if name not in FINDERS:
             report(name, _run_check(name, setup)[0])
+        elif name != "config" and setup.source:
+            finding, values = _run_check(name, setup)
+            setup = setup._replace(**values)
+            report(name, finding)
     count = {level: levels.count(level) for level in ("ok", "warning", "failure")}
     write_line(", ".join(f"{number} {level}" for level, number in count.items()))
     return int(count["failure"] > 0)
@@ -68,8 +73,8 @@ def answer() -> None:
     if not is_run_config(setup):
         sys.path.append(os.getcwd())  # a config may name the user's own models and algorithms
     try:
-        if name == "config":
-            config_values = read_config_values(setup)
+        if name in FINDERS:
+            config_values = FINDERS[name](setup)
         finding = CHECKS[name].run(setup._replace(**config_values))
     except Exception as error:  # any error of a broken installation is a finding
         text = (
@@ -77,6 +82,10 @@ def answer() -> None:
             if isinstance(error, OSError) and error.filename
             else str(error)
         )
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        kind = (
+            ""
+            if isinstance(error, ValueError | OSError | CollectiveExit)
+            else f"{type(error).__name__}: "
+        )
         finding = Finding("failure", f"{kind}{text}", CHECKS[name].remedy)
     print(f"\n{json.dumps([*finding, config_values])}")

@@ -27,6 +27,7 @@ class Setup(NamedTuple):
     overrides: Sequence[str] = ()
     threads: int = 1
     device: str = "auto"
+    need: int | None = None  # bytes that the run takes on disk; None: unknown
 
 
 class Check(NamedTuple):

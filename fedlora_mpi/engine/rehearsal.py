@@ -22,6 +22,8 @@ from ..core.batch import Batch
 from ..core.tree import Tree, numel, tmap
 from ..data.feed import Feed
 from ..models.network import Model
+from ..models.zoo import is_external
+from .method_guard import MethodMistake, guard_items, is_package_method, need_layout
 from .settings import Engine
 from .train import Trainer
 from .walk import Epoch, tmap_vars
@@ -67,13 +69,16 @@ def find_objection(trainer: Trainer, initial: Variables) -> Objection | None:
 
 
 def rehearse_engine(
-    engine: Engine, requested: Engine, candidates: Sequence[tuple[str, Trainer, Variables]]
+    engine: Engine,
+    requested: Engine,
+    candidates: Sequence[tuple[str, Trainer, Variables]],
+    method: str,
 ) -> Engine:
     """Return ``engine``, or the loop with a hint to the user if one of the ``candidates`` needs it.
 
     requested: the engine of the config; candidates: name, trainer and variables in round 1 of each
-    network. Raises ValueError if not even the loop trains, or if the config requests a stack and a
-    network cannot train in one.
+    network; method: the name of the method. Raises ValueError if not even the loop trains, if the
+    config requests a stack and a network cannot train in one, or for a mistake of a user's method.
     """
     for name, trainer, initial in candidates:
         try:
@@ -82,8 +87,15 @@ def rehearse_engine(
                 check_one_client(trainer, initial)
             else:
                 verdict = find_objection(trainer, initial)
+        except MethodMistake as mistake:
+            raise ValueError(f"algorithm.name = {method}: {mistake}") from None
         except ValueError as error:
-            raise ValueError(f"model.name = {name}: {error}") from error.__cause__
+            # of a network and a method the user's own one is at fault
+            package = f"{__package__.partition('.')[0]}."
+            is_own_network = is_external(name) and not name.startswith(package)
+            is_method = is_external(method) and not is_own_network
+            key, value = ("algorithm", method) if is_method else ("model", name)
+            raise ValueError(f"{key}.name = {value}: {error}") from error.__cause__
         if verdict is None:
             continue
         if verdict.raises and requested.path == "stack":
@@ -112,6 +124,8 @@ def check_one_client(trainer: Trainer, initial: Variables) -> None:
             initial,
             [0],
         )
+    except MethodMistake:
+        raise
     except Exception as error:  # a user's module may raise anything
         raise _training_error(error) from error
 
@@ -147,6 +161,8 @@ def _compare_paths(trainer: Trainer, initial: Variables, dtype: torch.dtype) -> 
     )
     try:
         loop_outcome = _play_round(loop, initial, [0, 1])
+    except MethodMistake:
+        raise
     except Exception as error:
         if dtype == torch.float32:
             raise _training_error(error) from error
@@ -165,13 +181,22 @@ def _training_error(error: Exception) -> ValueError:
 
 
 class _OneEpochTrainer(Trainer):
-    """A trainer that runs at most one epoch of every phase."""
+    """A trainer that runs at most one epoch of every phase. A user's method is guarded where
+    clients train one by one: what its losses and visits do wrong raises MethodMistake.
+    """
 
     def local(self, round_: int) -> Sequence[Phase | Visit]:
-        return _shorten(super().local(round_))
+        return self._guard(_shorten(super().local(round_)))
 
     def personalization(self, round_: int) -> Sequence[Phase | Visit]:
-        return _shorten(super().personalization(round_))
+        return self._guard(_shorten(super().personalization(round_)))
+
+    def _guard(self, items: list[Phase | Visit]) -> list[Phase | Visit]:
+        # what such a network writes to is not the method's fault
+        network_writes = bool(self.model.effects.written_parameters)
+        if self.stacked or network_writes or is_package_method(self.algorithm):
+            return items
+        return guard_items(items)
 
 
 def _shorten(items: Sequence[Phase | Visit]) -> list[Phase | Visit]:
@@ -236,6 +261,9 @@ def _play_round(trainer: Trainer, initial: Variables, clients: Sequence[int]) ->
     with warnings.catch_warnings(), _without_tf32():
         warnings.simplefilter("ignore")
         for result in trainer.train(clients, shared, rows, 0, evaluate=True):
+            if not trainer.stacked:
+                way_out = "its visits must return the personal leaves of init"
+                need_layout("the result of local", result.end.personal, initial.personal, way_out)
             for start, end in zip(result.start[:2], result.end[:2], strict=True):
                 outcome.changes.extend(
                     end[n].detach().double() - start[n].double() for n in end if n in start

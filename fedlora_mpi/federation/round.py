@@ -1,5 +1,6 @@
 """One communication round: state in, state and metrics out, the same code on every rank."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,14 +16,14 @@ from .report import report
 
 
 def run_round(
-    federation: Federation, state: State, evaluate: bool, stop: bool
+    federation: Federation, state: State, evaluate: bool, stop: bool | Sequence[int]
 ) -> tuple[State, dict, dict]:
     """Run one round. Every rank calls it with its own state.
 
     Returns the next state, the row of the round (numbers) and the columns of the clients ([N]
-    each), complete on every rank. ``stop``: this rank was asked to stop; the row says whether any
-    rank was. Raises Fault on all ranks if a client's loss or upload is not finite and such clients
-    are not skipped.
+    each), complete on every rank. ``stop``: whether this rank was asked to stop, or a list to which
+    requests are added, also during the round; the row says whether any rank was. Raises Fault on
+    all ranks if a client's loss or upload is not finite and such clients are not skipped.
     """
     cohort = federation.cohorts.sample(state.round)
     trained = train(federation, state, cohort, evaluate)
@@ -66,10 +67,10 @@ def train(federation: Federation, state: State, cohort: Cohort, evaluate: bool) 
         return Trained(uploads, scores)
 
 
-def aggregate(federation: Federation, trained: Trained, stop: bool) -> Received:
+def aggregate(federation: Federation, trained: Trained, stop: bool | Sequence[int]) -> Received:
     """What the server receives of the cohort, on every rank: one sum of one flat buffer."""
     with federation.instruments.stage("exchange", trained.uploads.cohort.round):
-        return federation.aggregator.aggregate(trained.uploads, stop)
+        return federation.aggregator.aggregate(trained.uploads, bool(stop))
 
 
 def update(

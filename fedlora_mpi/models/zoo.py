@@ -214,8 +214,14 @@ def _build_module(
         builder = _builder(name)
         arguments = {"classes": classes, "shape": shape}
         if _has_parameter(builder, "tokens") != (tokens > 0):
-            kinds = ("images", "texts") if tokens else ("texts", "images")
+            inputs = "images" if len(shape) == 3 else "numbers"
+            kinds = ("images", "texts") if tokens else ("texts", inputs)
             raise ValueError("it is for {}, the data are {}".format(*kinds))
+        if not tokens and len(shape) != 3 and (name in BUILDERS or name.startswith("torchvision:")):
+            raise ValueError(
+                f"it is for images, an input of the data has the shape {list(shape)}; name a "
+                "network of your own"
+            )
         if tokens:
             arguments["tokens"] = tokens
             if _has_parameter(builder, "padding"):

@@ -12,6 +12,7 @@ from ..core.disk_errors import WriteError
 from ..core.escapes import escape_line
 from ..core.paths import describe_path_error, is_path_error
 from .comm import Comm
+from .local_ranks import INTERRUPTED_EXIT
 from .pending import RankLost
 
 T = TypeVar("T")
@@ -93,8 +94,10 @@ def run_or_abort(comm: Comm, main: Callable[[], int]) -> int:
         if comm.rank == end.reporting_rank:
             print(_error_line(end), file=sys.stderr, flush=True)
         return end.code
-    except KeyboardInterrupt:
-        return 130  # the code that shells report; the last checkpoint stays intact
+    except KeyboardInterrupt:  # the last checkpoint stays intact
+        if comm.size > 1:
+            comm.abort()  # the others would wait for this rank
+        return INTERRUPTED_EXIT
     except RankLost as lost:
         print(_error_line(lost), file=sys.stderr, flush=True)
         comm.abort()

@@ -69,6 +69,16 @@ def expected_ranks() -> tuple[int, str]:
     return max(rank_counts, default=(1, ""))
 
 
+def launched_rank() -> int:
+    """Return the rank of this process by its launcher's variables; 0 if there are none."""
+    return int(next(_rank_numbers(), "0"))
+
+
+def _rank_numbers() -> Iterator[str]:
+    names = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+    return (value for name in names if (value := os.environ.get(name, "")).isdecimal())
+
+
 @contextmanager
 def limit_startup(seconds: float) -> Iterator[None]:
     """End this process with a message and exit code 1 if the block takes longer; 0 means no limit.
@@ -101,14 +111,7 @@ def _report_unless_closed(pipe: int, seconds: float) -> None:
     """Print a message if the parent does not close the pipe within ``seconds``. Never returns."""
     try:
         if not select.select([pipe], [], [], seconds)[0]:
-            rank = next(
-                (
-                    os.environ[name]
-                    for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
-                    if name in os.environ
-                ),
-                "?",
-            )
+            rank = next(_rank_numbers(), "?")
             line = (
                 f"fedlora-mpi: rank {rank}: MPI has not started within {seconds:g} s "
                 "(faults.timeout): a rank has died or is "
@@ -181,8 +184,10 @@ def function_command(module: str, name: str) -> list[str]:
     ]
 
 
-def launch_command(ranks: int) -> list[str]:
+def launch_command(ranks: int, is_tolerant: bool = False) -> list[str]:
     """Return the command line up to the subcommand.
+
+    is_tolerant: the launcher lets ranks continue when one dies (``--with-ft ulfm``).
 
     Raises ValueError when several ranks are requested but there is no mpirun.
     """
@@ -192,6 +197,8 @@ def launch_command(ranks: int) -> list[str]:
     launcher = find_mpirun()
     if launcher is None:
         raise ValueError(
-            f"--ranks = {ranks}: no mpirun beside {sys.executable} or on PATH; use --ranks 1"
+            f"--ranks = {ranks}: no mpirun beside {sys.executable} or on PATH; use --ranks 1, or "
+            "pip install 'fedlora-mpi[mpi]'"
         )
-    return [launcher, "-n", str(ranks), "--bind-to", "none", *python]
+    tolerance = ["--with-ft", "ulfm"] if is_tolerant else []
+    return [launcher, *tolerance, "-n", str(ranks), "--bind-to", "none", *python]

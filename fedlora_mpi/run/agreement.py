@@ -39,7 +39,7 @@ _RANDOMNESS_REMEDY = (
 _REMEDIES = dict.fromkeys(KINDS, _RANDOMNESS_REMEDY) | {
     "package": "install one version on all nodes",
     "settings": "give all nodes the same versions of the package and of your own modules",
-    "data": "give all nodes the same files, data.root = {root}",
+    "data": "give all nodes the same files, data.{place}",
     "split": "install the same versions of numpy and torch on all nodes",
     "code": "give all nodes the same file",
 }
@@ -150,7 +150,10 @@ def _refuse_difference(
                 min(len(root_digests[item]), len(digests[item])),
             )
             text += f" (the first is number {first_index}, from 0)"
-        remedy = _REMEDIES[kind].format(root=config.data.source.root)
+        data_source = config.data.source
+        remedy = _REMEDIES[kind].format(place=data_source.place)
+        if kind == "data" and data_source.is_function:
+            remedy = f"data.{data_source.place} must return the same on all ranks"
         raise ValueError(f"{source}: {describe_ranks(ranks)}: {text}; {remedy}")
 
     collectively(comm, report_difference)

@@ -48,6 +48,7 @@ class Assembly:
     input_shape: tuple[int, ...]  # of one input
     run_digest: str  # of all that must not change on a resume
     vocabulary: Vocabulary | None = None  # of the texts
+    token_settings: tuple[int, int] = (0, 0)  # number of token ids, token id of padding
     inventory: Inventory | None = None  # of what this rank has built
 
 
@@ -123,7 +124,15 @@ def _assemble(
     with prefix_errors(source, "privacy"):
         _check_privacy(config, federation)
     digest = run_digest(config, split, data.vocabulary)
-    return Assembly(config, federation, split, data.shape, digest, data.vocabulary)
+    return Assembly(
+        config,
+        federation,
+        split,
+        data.shape,
+        digest,
+        data.vocabulary,
+        (data.tokens, data.padding),
+    )
 
 
 def _clients(parts: Parts, config: Config, types: tuple[ClientType, ...], split: Split) -> Clients:

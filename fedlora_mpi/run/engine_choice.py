@@ -175,4 +175,5 @@ def _rehearse(
                 (names[network_number], kind.trainer, kind.initial)
                 for network_number, kind in kinds.items()
             ],
+            method,
         )

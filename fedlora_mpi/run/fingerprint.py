@@ -229,6 +229,11 @@ def _data_digests(data: Data, digest: Callable[[Tensor], str]) -> dict[str, str]
         digests |= {f"{name} samples": digest(side.x), f"{name} labels": digest(side.y)}
     if data.vocabulary:
         digests["vocabulary"] = data.vocabulary.digest()
+    if data.is_own:
+        settings = json.dumps([data.mean, data.std, data.token_settings, data.class_names])
+        digests["normalisation, token ids, class names"] = blake2b(
+            settings.encode(), digest_size=8
+        ).hexdigest()
     for name, owners in zip(("training", "test"), data.owners or (), strict=False):
         digests[f"clients of the {name} samples"] = tensor_digest(
             torch.from_numpy(np.asarray(owners))
@@ -239,6 +244,7 @@ def _data_digests(data: Data, digest: Callable[[Tensor], str]) -> dict[str, str]
 def _code_digests(config: Config) -> dict[str, str]:
     """Return the digests of the user's modules that the config names."""
     names = [
+        config.data.source.dataset,
         configs.algorithm_name(config.algorithm),
         *(network.name for network in config.model.mix),
     ]

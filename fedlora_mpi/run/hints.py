@@ -1,9 +1,14 @@
-"""What would make a run faster on this node, and what its low-rank parts leave out."""
+"""What would make a run faster on this node, and what its method leaves out."""
 
 import os
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 
 from .. import config as configs
+from ..algorithm import Algorithm, LocalTraining, phases_of
 from ..components.lowrank import join_first, skipped_weights
+from ..models.network import Model
+from ..mpi.launch import find_mpirun
 from .assembly import Assembly
 from .engine_choice import worker_ranks
 
@@ -31,9 +36,10 @@ def run_hints(assembly: Assembly) -> list[str]:
         engine.device == "cpu"
         and used_cores <= cores // 2
         and available_workers < len(placement.groups)
+        and find_mpirun()
     ):
         lines.append(
-            f"{used_cores} of {cores} cores are busy; mpirun -n {cores // engine.threads + 1} "
+            f"{used_cores} of {cores} cores are busy; --ranks {cores // engine.threads + 1} "
             "would use them all"
         )
     return lines + _decomposition_hints(assembly)
@@ -61,3 +67,47 @@ def _decomposition_hints(assembly: Assembly) -> list[str]:
                 f"{join_first(full_weights)}; 'fedlora-mpi plan' lists them"
             )
     return lines
+
+
+_ROUNDS = 4  # rounds whose phases are looked at: some methods alternate between rounds
+
+
+def training_hints(assembly: Assembly) -> list[str]:
+    """What clients never train, a line for each network and rank."""
+    clients, lines = assembly.federation.clients, []
+    for client_type in clients.types:
+        model, train = client_type.trainer.model, client_type.trainer.settings
+        shared = client_type.local_initial.shared
+        lines += untrained_parts(client_type.algorithm, model, train, shared)
+    return list(dict.fromkeys(lines))
+
+
+def untrained_parts(
+    method: Algorithm, model: Model, train: LocalTraining, shared: Iterable[str]
+) -> list[str]:
+    """A line if a phase of local training has no epoch in any round, or if no phase trains some of
+    the network's parameters among the leaves ``shared``; it names the keys that count epochs.
+    """
+    rounds = [phases_of(method.local(model, train, round_)) for round_ in range(_ROUNDS)]
+    most = max(map(len, rounds))
+    idle = [
+        str(number + 1)
+        for number in range(most)
+        if not any(phases[number].epochs for phases in rounds if number < len(phases))
+    ]
+    steps = [step for phases in rounds for p in phases if p.epochs for step in p.steps]
+    parameters = [n for n in shared if model.role(n) in ("body", "head", "norm")]
+    untrained = [n for n in parameters if not any(step.trains(n) for step in steps)]
+    if not (idle or untrained):
+        return []
+    parts = []
+    if idle:
+        parts.append(f"phase {', '.join(idle)} of {most} of local training has no epoch")
+    if untrained:
+        parts.append(f"no phase trains {join_first(untrained)}, which clients share")
+    settings = {"train.epochs": train.epochs}
+    if is_dataclass(method):
+        names = [f.name for f in fields(method) if f.name.endswith("epochs")]
+        settings |= {f"algorithm.{name}": getattr(method, name) for name in names}
+    keys = ", ".join(f"{key} = {value}" for key, value in settings.items())
+    return [f"{configs.algorithm_name(method)}: {'; '.join(parts)} ({keys})"]

@@ -2,11 +2,9 @@
 
 import json
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from ..resilience.recovery import (
     train_to_end,
     with_replicas,
 )
-from ..store import nolinks
+from ..store import nolinks, replacing
 from ..store.lock import hold_lock
 from ..store.log import Log
 from ..store.run_folder import create_run_folder
@@ -43,37 +41,44 @@ from ..store.snapshot import Checkpoint
 from .assembly import Assembly, build
 from .checkpointing import find_newest, initial_state, load_state, save_checkpoint
 from .engine_choice import worker_ranks
-from .hints import run_hints
+from .hints import run_hints, training_hints
 from .output import (
     adopt_recorded_engine,
     check_shared_folder,
     check_unchanged,
+    config_to_resume,
     create_log,
     fill_run_folder,
-    recorded_config,
     run_exists,
     write_descriptions,
 )
 from .progress import Progress
+from .stopping import StopRequests, collect_interrupts, collect_stop_signals, lost_rounds_line
 
 STOPPED_EXIT = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
 
 
-def start(config: Config, source: str, comm: Comm) -> int:
-    """Train from round 1 into a new run folder; returns the exit code."""
-    folder, stop_requests = expand_home(config.output), _collect_stop_signals()
+def start(config: Config, source: str, comm: Comm, overwrite: bool = False) -> int:
+    """Train from round 1 into a new run folder; returns the exit code.
+
+    overwrite: a run folder of the same name is replaced, once this one can begin.
+    """
+    folder, stop_requests = expand_home(config.output), collect_stop_signals()
+    created: list[Path] = []  # on rank 0, which a run does not outlive
 
     def start_anew(comm):
-        return _start_new_run(folder, config, source, comm, stop_requests)
+        return _start_new_run(folder, config, source, comm, stop_requests, overwrite, created)
 
     def start_or_continue(comm):
+        if overwrite and comm.broadcast(b"1" if created else b"0") == b"0":
+            return start_anew(comm)
         return _start_or_continue(folder, config, source, comm, stop_requests)
 
     return run_tolerant(config.faults, source, folder, comm, start_anew, start_or_continue)
 
 
 def _start_or_continue(
-    folder: Path, config: Config, source: str, comm: Comm, stop_requests: Sequence[int]
+    folder: Path, config: Config, source: str, comm: Comm, stop_requests: StopRequests
 ) -> int:
     """Train the rounds after the newest checkpoint, or all into a new folder."""
     if not run_exists(folder, comm):
@@ -83,23 +88,49 @@ def _start_or_continue(
 
 
 def _start_new_run(
-    folder: Path, config: Config, source: str, comm: Comm, stop_requests: Sequence[int]
+    folder: Path,
+    config: Config,
+    source: str,
+    comm: Comm,
+    stop_requests: StopRequests,
+    overwrite: bool = False,
+    created: list[Path] | None = None,
 ) -> int:
-    """Train all rounds into a new run folder; returns the exit code."""
+    """Train all rounds into a new run folder; returns the exit code.
 
-    def refuse_existing() -> None:
-        if comm.rank == 0 and os.path.lexists(folder):
+    created: gets the folder when it is there. A run that has finished no round is replaced too.
+    """
+
+    def check_room() -> bool:
+        if comm.rank != 0 or not os.path.lexists(folder):
+            return False
+        if overwrite:
+            replacing.check_replaceable(folder)
+        elif not replacing.has_no_round(folder):
             raise ValueError(
-                f"{source}: output = {folder}: the folder exists; continue it with "
-                f"'fedlora-mpi resume {folder}' or choose another with output=..."
+                f"{source}: output = {folder}: the folder exists; continue it with 'fedlora-mpi "
+                f"resume {folder}', choose another with output=..., or replace it with --overwrite"
             )
+        else:
+            line = f"{folder}: replaces a run that has finished no round"
+            print(f"fedlora-mpi: {escape_line(line)}", file=sys.stderr, flush=True)
+        return True
 
-    collectively(comm, refuse_existing)
+    replaces = collectively(comm, check_room)
     assembly = build(config, source, comm)
     check_shared_folder(folder, comm)
+
+    def make_room() -> AbstractContextManager:
+        return replacing.set_aside(folder) if replaces else nullcontext()
+
     with _hold_on_rank_0(
-        comm, lambda: create_run_folder(folder, lambda draft: fill_run_folder(draft, assembly))
+        comm,
+        lambda: create_run_folder(
+            folder, lambda draft: fill_run_folder(draft, assembly), make_room
+        ),
     ):
+        if created is not None:
+            created.append(folder)
         return _train(assembly, initial_state(assembly), folder, stop_requests)
 
 
@@ -108,7 +139,7 @@ def start_or_resume(config: Config, source: str, comm: Comm) -> int:
 
     Refuses to continue with settings that a resume may not change.
     """
-    folder, stop_requests = expand_home(config.output), _collect_stop_signals()
+    folder, stop_requests = expand_home(config.output), collect_stop_signals()
 
     def start_or_continue(comm):
         return _start_or_continue(folder, config, source, comm, stop_requests)
@@ -121,8 +152,8 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
 
     The number of ranks may differ. A run without a checkpoint begins again.
     """
-    config, comm = receive_config(comm, lambda: recorded_config(folder, overrides))
-    stop_requests = _collect_stop_signals()
+    config, comm = receive_config(comm, lambda: config_to_resume(folder, overrides))
+    stop_requests = collect_stop_signals()
 
     def go_on(comm):
         return _continue_run(folder, config, comm, stop_requests)
@@ -130,13 +161,18 @@ def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
     return run_tolerant(config.faults, str(folder / "config.yaml"), folder, comm, go_on, go_on)
 
 
-def _continue_run(folder: Path, config: Config, comm: Comm, stop_requests: Sequence[int]) -> int:
+def _continue_run(folder: Path, config: Config, comm: Comm, stop_requests: StopRequests) -> int:
     """Train the rounds of ``config`` that the folder does not have; returns the exit code."""
     assembly = build(config, str(folder / "config.yaml"), comm)
     check_shared_folder(folder, comm)
     collectively(comm, lambda: check_unchanged(folder, assembly) if comm.rank == 0 else None)
     with _hold_on_rank_0(comm, lambda: hold_lock(folder)):
         snapshot = find_newest(folder, assembly)
+        if snapshot and snapshot.round > config.rounds:
+            if comm.rank == 0:
+                line = f"rounds = {config.rounds}: {folder} has {snapshot.round} rounds already"
+                print(f"fedlora-mpi: {escape_line(line)}; nothing is changed", file=sys.stderr)
+            return 0
         collectively(
             comm, lambda: _restore_files(folder, snapshot, assembly) if comm.rank == 0 else None
         )
@@ -177,8 +213,11 @@ def receive_config(comm: Comm, read: Callable[[], Config]) -> tuple[Config, Comm
 def _broadcast_config(comm: Comm, read: Callable[[], Config]) -> Config:
     """The config that ``read()`` gives on rank 0, on every rank. Raises RankLost."""
     config = collectively(comm, lambda: read() if comm.rank == 0 else None)
-    text = json.dumps(configs.resolved_dict(config)) if config is not None else ""
-    return configs.from_dict(json.loads(comm.broadcast(text.encode())), "config of rank 0")
+    text = ""
+    if config is not None:
+        text = json.dumps([configs.resolved_dict(config), config.resets])
+    tree, resets = json.loads(comm.broadcast(text.encode()))
+    return replace(configs.from_dict(tree, "config of rank 0"), resets=tuple(resets))
 
 
 @contextmanager
@@ -189,7 +228,7 @@ def _hold_on_rank_0(comm: Comm, acquire: Callable[[], AbstractContextManager]) -
         yield
 
 
-def _train(assembly: Assembly, state: State, folder: Path, stop_requests: Sequence[int]) -> int:
+def _train(assembly: Assembly, state: State, folder: Path, stop_requests: StopRequests) -> int:
     """Train the rounds that are left, or until a stop request; returns the exit code."""
     config, comm = assembly.config, assembly.federation.comm
     federation = assembly.federation
@@ -200,8 +239,11 @@ def _train(assembly: Assembly, state: State, folder: Path, stop_requests: Sequen
             comm, lambda: _open_log(config, folder, stack) if comm.rank == 0 else (None, [])
         )
         if log:
-            for hint in run_hints(assembly):
+            doubts = training_hints(assembly)
+            resets = () if state.round else config.resets
+            for hint in [*resets, *doubts, *run_hints(assembly)]:
                 print(f"hint: {hint}", file=sys.stderr)
+            log.record_hints(doubts)
             if comm.dead_ranks:
                 line = recovery_line(comm.dead_ranks, comm, state.round)
                 _report_rank_failure(log, f"{line}, from what was on disk")
@@ -213,7 +255,8 @@ def _train(assembly: Assembly, state: State, folder: Path, stop_requests: Sequen
             rounds.tell_recovery,
         )
         training = Training(federation, state, saved_round=state.round)
-        state = train_to_end(training, rounds.advance, survival)
+        with collect_interrupts(stop_requests, rounds.lost_line, tells=log is not None):
+            state = train_to_end(training, rounds.advance, survival)
     is_done = state.round >= config.rounds
     if log:
         print(
@@ -249,7 +292,7 @@ class _Rounds:
         self,
         assembly: Assembly,
         folder: Path,
-        stop_requests: Sequence[int],
+        stop_requests: StopRequests,
         log: Log | None,
         sinks: Sequence[Sink],
         first_round: int,
@@ -265,7 +308,8 @@ class _Rounds:
         Raises RankLost; ``training`` is then as before.
         """
         config, (federation, state, saved_round, _) = self._config, training
-        is_last = self._stops or state.round >= config.rounds
+        is_alone_and_asked = federation.comm.size == 1 and bool(self._stop_requests)
+        is_last = self._stops or is_alone_and_asked or state.round >= config.rounds
         if saved_round < state.round and (is_last or state.round % config.checkpoint.every == 0):
             save_checkpoint(replace(self._assembly, federation=federation), self._folder, state)
             return training._replace(saved_round=state.round)
@@ -274,7 +318,7 @@ class _Rounds:
             return training._replace(is_done=True)
         round_ = state.round + 1
         evaluate = round_ == config.rounds or round_ % config.evaluate.every == 0
-        state, row, clients = run_round(federation, state, evaluate, bool(self._stop_requests))
+        state, row, clients = run_round(federation, state, evaluate, self._stop_requests)
         if self._log and config.privacy.is_differential:
             row["epsilon"] = federation.cohorts.epsilon(round_)
         self._stops = row.pop("stop")
@@ -285,6 +329,10 @@ class _Rounds:
             workers = worker_ranks(config, federation.comm.size)
             federation, state = rebalance(federation, state, workers, config.mix)
         return training._replace(federation=federation, state=state)
+
+    def lost_line(self) -> str:
+        """Which rounds are lost if the run ends now."""
+        return lost_rounds_line(self._folder, self._logged_round, self._config.rounds)
 
     def tell_recovery(self, line: str) -> None:
         """Report a recovery after a rank failure; the rounds that follow may still be stopped."""
@@ -315,12 +363,20 @@ def _report_rank_failure(log: Log, line: str) -> None:
 
 
 def _warn_of_numbers(round_: int, row: dict) -> None:
-    """Say on stderr which clients of a round were skipped or predict no numbers."""
+    """Say on stderr which clients of a round were skipped or predict no numbers, and that nobody
+    has moved the shared variables.
+    """
     if ids := row.get("skipped"):
         rest = "" if row["clients"] else "; nobody is left, the shared state stays"
         print(
             f"fedlora-mpi: round {round_}: skipped client {', '.join(map(str, ids))}: loss or "
             f"upload is not finite{rest}",
+            file=sys.stderr,
+        )
+    if round_ == 1 and row["drift"] == 0:
+        print(
+            "hint: round 1: the drift is exactly 0, so no client has moved what all share; do its "
+            "phases train it?",
             file=sys.stderr,
         )
     if ids := row["nan_clients"]:
@@ -331,13 +387,3 @@ def _warn_of_numbers(round_: int, row: dict) -> None:
             "of the log",
             file=sys.stderr,
         )
-
-
-def _collect_stop_signals() -> list[int]:
-    """A list that SIGUSR1 fills: the run then stops at the next round boundary, with a checkpoint.
-    In another thread than the first, which gets no signals, it stays empty.
-    """
-    stop_requests: list[int] = []
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR1, lambda number, frame: stop_requests.append(number))
-    return stop_requests

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -81,17 +82,39 @@ def adopt_recorded_engine(config: Config, source: str, folder: Path) -> Config:
         undecided.append("compile")
     engine = replace(config.engine, **{name: getattr(recorded.engine, name) for name in undecided})
     config = replace(config, engine=engine, output=_output_setting(folder))
-    if configs.digest(config) != configs.digest(recorded):
-        recorded_settings, settings = configs.flatten(recorded), configs.flatten(config)
-        key = next(
-            k
-            for k in recorded_settings | settings
-            if recorded_settings.get(k) != settings.get(k)
-            and not k.startswith(configs.FREE_ON_RESUME)
-        )
+    if key := _changed_key(recorded, config):
         raise ValueError(
-            f"{source}: {key} = {settings.get(key)}: the run in {folder} has "
-            f"{recorded_settings.get(key)}; choose another output"
+            f"{source}: {key} = {configs.flatten(config).get(key)}: the run in {folder} has "
+            f"{configs.flatten(recorded).get(key)}; choose another output"
+        )
+    return config
+
+
+def _changed_key(recorded: Config, config: Config) -> str:
+    """Return the first key that differs and that a resume may not change; "" if there is none."""
+    if configs.digest(config) == configs.digest(recorded):
+        return ""
+    old, new = configs.flatten(recorded), configs.flatten(config)
+    return next(
+        key
+        for key in old | new
+        if old.get(key) != new.get(key) and not key.startswith(configs.FREE_ON_RESUME)
+    )
+
+
+def config_to_resume(folder: Path, overrides: Sequence[str]) -> Config:
+    """Return the config of a run folder with overrides that a resume may make.
+
+    Raises ValueError if ``folder`` is none, or if an override changes another key.
+    """
+    config = recorded_config(folder, overrides)
+    recorded = recorded_config(folder, ())
+    if key := _changed_key(recorded, config):
+        raise ValueError(
+            f"command line: {key} = {configs.flatten(config).get(key)}: the run in {folder} has "
+            f"{configs.flatten(recorded).get(key)}, and a resume may change only "
+            f"{', '.join(configs.FREE_ON_RESUME)}; start anew with 'fedlora-mpi run "
+            f"{folder / 'config.yaml'} {shlex.join(overrides)} output=...'"
         )
     return config
 
@@ -159,8 +182,8 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
                 f"{folder}: "
                 f"{describe_difference(kind, recorded[kind], current[kind], reference)[1]}"
             )
-            root = f" in data.root = {assembly.config.data.source.root}" if kind == "data" else ""
-            raise ValueError(f"{text}; put back what was{root}, or start anew with another output")
+            place = f" in data.{assembly.config.data.source.place}" if kind == "data" else ""
+            raise ValueError(f"{text}; put back what was{place}, or start anew with another output")
     if platform_change:
         line = (
             f"{folder}: {platform_change}: from here on bits may differ from those of this run on "
@@ -292,12 +315,8 @@ def create_log(folder: Path, assembly: Assembly) -> None:
             "train_counts": split.train_counts,
             "test_counts": split.test_counts,
             "input_shape": np.array(assembly.input_shape, np.int64),
-            "input_tokens": np.array(
-                [assembly.vocabulary.size if assembly.vocabulary else 0], np.int64
-            ),
-            "input_padding": np.array(
-                [assembly.vocabulary.padding if assembly.vocabulary else 0], np.int64
-            ),
+            "input_tokens": np.array(assembly.token_settings[:1], np.int64),
+            "input_padding": np.array(assembly.token_settings[1:], np.int64),
             "digest": split.digest(),
         },
     ).close()

@@ -23,7 +23,9 @@ from ..engine.train import ClientFeed, Trainer
 from ..federation.clients import ClientType
 from ..models.network import Model
 from ..models.zoo import build as build_model
+from ..models.zoo import is_external
 from ..store.sinks import import_tensorboard
+from .method_trial import try_method
 
 
 def load_data(config: Config, source: str) -> Data:
@@ -129,6 +131,7 @@ def make_parts(
                 augment=True,
                 on_batch=beat,
             )
+    _try_users_method(config, source, models)
     variants, kind_of = client_variants(config)
     with prefix_errors(source, "algorithm"):
         initial_variables = _initial_variables(config, variants, models)
@@ -150,6 +153,17 @@ def make_parts(
         with prefix_errors(source, "log"):
             import_tensorboard()
     return Parts(data, models, split, feed, variants, kind_of, initial_variables, device)
+
+
+def _try_users_method(config: Config, source: str, models: Sequence[Model]) -> None:
+    """Raise ValueError for a mistake of a user's own method; what this package brings needs no
+    trial.
+    """
+    name = configs.algorithm_name(config.algorithm)
+    if is_external(name):
+        with prefix_errors(source, "algorithm"):
+            clients = config.data.partition.clients
+            try_method(name, config.algorithm, models, config.train, clients, config.seed)
 
 
 def client_variants(config: Config) -> tuple[list[tuple[int, Transport]], tuple[int, ...]]:

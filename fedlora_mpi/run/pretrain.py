@@ -81,6 +81,7 @@ def pretrain(
                 Engine(path="loop"),
                 config.engine,
                 [(networks[network].name, trainer, Variables(tree, {}))],
+                method="fedavg",
             )
     _create_folder(to)
     for epoch, result in enumerate(_train_epochs(trainer, tree, epochs), 1):

@@ -27,6 +27,8 @@ SIGNAL_LEAD = (
 )
 _CPU_RANKS_PER_NODE = 9  # ranks on a node without GPUs, unless told otherwise
 _NAME_PATTERN = re.compile(r"[\w.,@:/+-]+")
+_MEMORY_PATTERN = re.compile(r"\d+[KMGT]?")
+_FEATURES_PATTERN = re.compile(r"[\w.,@:/+&|*()\[\]-]+")
 _TIME_PATTERN = re.compile(r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
 
 
@@ -46,6 +48,9 @@ class Job:
     time: str = "12:00:00"
     partition: str | None = None
     account: str | None = None
+    mem: str | None = None  # per node
+    qos: str | None = None
+    constraint: str | None = None  # features of the nodes
     array: int = 0
     tolerates_failures: bool = False  # whether its run tolerates the death of a worker
 
@@ -67,7 +72,16 @@ class Job:
                 f"time = {self.time}: must be minutes, HH:MM:SS or D-HH:MM:SS, for instance "
                 "12:00:00"
             )
-        for field in ("partition", "account"):
+        if self.mem is not None and not _MEMORY_PATTERN.fullmatch(self.mem):
+            raise ValueError(
+                f"mem = {self.mem}: must be an integer with K, M, G or T, for instance 64G"
+            )
+        if self.constraint is not None and not _FEATURES_PATTERN.fullmatch(self.constraint):
+            raise ValueError(
+                f"constraint = {self.constraint!r}: must be features of nodes, for instance a100 "
+                "or 'a100|h100'; sinfo -o %f lists them"
+            )
+        for field in ("partition", "account", "qos"):
             if (value := getattr(self, field)) is not None and not _NAME_PATTERN.fullmatch(value):
                 raise ValueError(
                     f"{field} = {value!r}: must be a name that Slurm knows; sinfo and sacctmgr "
@@ -197,9 +211,15 @@ def _directive_lines(job: Job) -> str:
         if flags
         else "##SBATCH --account=ACCOUNT --partition=PARTITION"
     )
+    requests = [
+        f"--{name}={_quote_word(value)}"
+        for name in ("mem", "qos", "constraint")
+        if (value := getattr(job, name))
+    ]
     lines = [
         f"#SBATCH --job-name={job.name}",
         account_line,
+        *([f"#SBATCH {' '.join(requests)}"] if requests else []),
         *([f"#SBATCH --array=1-{job.array}"] if job.array else []),
         f"#SBATCH --nodes={job.nodes} --ntasks-per-node={job.ranks_per_node} "
         f"--ntasks={job.nodes * job.ranks_per_node} --cpus-per-task={job.threads}",

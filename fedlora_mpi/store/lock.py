@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from ..core.disk_errors import explain_write_errors
 from . import nolinks
 from .files import StoreError
 
+# seconds after each attempt: ``is_held`` holds the lock for a moment
+_RETRY_DELAYS = (0.01, 0.02, 0.05, 0.0)
 # Lustre mounted without flock, some NFS
 UNSUPPORTED_ERRNOS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -45,19 +48,41 @@ def hold_lock(run: Path, root: Path | None = None) -> Iterator[None]:
         os.close(handle)
 
 
-def _acquire(path: Path, handle: int) -> None:
-    """Lock the open file ``handle`` without waiting. Raises StoreError when it is in use."""
+def is_held(run: Path) -> bool | None:
+    """Return whether a process holds the lock of a run, so that it is going on; None: unknown.
+
+    The lock is tried for a moment, shared, so that readers do not see each other.
+    """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handle = nolinks.open_handle(Path(run) / ".lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.pread(handle, 1000, 0).decode().strip() or "another process"
-        raise StoreError(
-            f"{path}: in use by {owner}; wait for it, stop it, or choose another output"
-        ) from None
-    except OSError as why:
-        if why.errno not in UNSUPPORTED_ERRNOS:
-            raise
-        warnings.warn(
-            f"{path}: this file system has no locks; start no second run in this folder",
-            stacklevel=4,
-        )
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return False
+
+
+def _acquire(path: Path, handle: int) -> None:
+    """Lock the open file ``handle`` and return soon. Raises StoreError when it is in use."""
+    for seconds in _RETRY_DELAYS:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(seconds)
+        except OSError as why:
+            if why.errno not in UNSUPPORTED_ERRNOS:
+                raise
+            warnings.warn(
+                f"{path}: this file system has no locks; start no second run in this folder",
+                stacklevel=4,
+            )
+            return
+    owner = os.pread(handle, 1000, 0).decode().strip() or "another process"
+    raise StoreError(f"{path}: in use by {owner}; wait for it, stop it, or choose another output")

@@ -208,6 +208,14 @@ class Log:
         self._file.attrs.update(config_yaml=config_yaml, config_json=config_json)
         self._update_seal()
 
+    def record_hints(self, lines: Sequence[str]) -> None:
+        """Record doubtful settings in the attribute ``hints``, a list of lines."""
+        if lines:
+            self._file.attrs["hints"] = list(lines)
+        elif "hints" in self._file.attrs:
+            del self._file.attrs["hints"]
+        self._update_seal()
+
     def record_rank_failure(self, line: str) -> None:
         """Append a line about failed ranks to the attribute ``lost``, a list of lines."""
         self._file.attrs["lost"] = [*schema.read_attribute(self._file, "lost", []), line]

@@ -47,6 +47,8 @@ class RunFiles:
             self.config_yaml: str = schema.checked_item(attrs, "config_yaml", str)
             # one line for each failure of ranks
             self.rank_failures: list[str] = schema.checked_item({"lost": [], **attrs}, "lost", list)
+            # what is doubtful about the settings, a line each
+            self.hints: list[str] = schema.checked_item({"hints": [], **attrs}, "hints", list)
             self.config: dict[str, Any] = schema.parse_json_block(
                 schema.checked_item(attrs, "config_json", str), "config_json"
             )

@@ -7,7 +7,7 @@ entries with names of ours must be files of the expected type.
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from ..core.disk_errors import explain_write_errors
@@ -24,7 +24,7 @@ def is_run_file(name: str) -> bool:
 
 
 # subfolder of a run -> whether a file name in it is ours
-_SUBFOLDERS: dict[str, Callable[[str], bool]] = {
+SUBFOLDERS: dict[str, Callable[[str], bool]] = {
     "checkpoints": lambda name: False,
     "tensorboard": lambda name: name.startswith("events"),
     ".pulse": lambda name: bool(re.fullmatch(r"\d+|\.\d+\.tmp", name)),
@@ -36,9 +36,9 @@ def check_run_folder(run: Path) -> None:
 
     Files of other names belong to the user and are not checked.
     """
-    file_tests = {run: is_run_file} | {run / name: is_file for name, is_file in _SUBFOLDERS.items()}
+    file_tests = {run: is_run_file} | {run / name: is_file for name, is_file in SUBFOLDERS.items()}
     try:
-        file_tests |= {folder: manifest.is_checkpoint_file for folder in _checkpoint_folders(run)}
+        file_tests |= {folder: manifest.is_checkpoint_file for folder in checkpoint_folders(run)}
         for folder, is_file in file_tests.items():
             nolinks.check_entries(folder, is_file, run)
     except OSError as why:
@@ -47,7 +47,7 @@ def check_run_folder(run: Path) -> None:
         ) from why
 
 
-def _checkpoint_folders(run: Path) -> list[Path]:
+def checkpoint_folders(run: Path) -> list[Path]:
     """Return the entries that are named like a checkpoint, or like one that was set aside."""
     checkpoints = run / "checkpoints"
     with suppress(FileNotFoundError), nolinks.open_folder(checkpoints, run) as handle:
@@ -60,8 +60,14 @@ def _checkpoint_folders(run: Path) -> list[Path]:
 
 
 @contextmanager
-def create_run_folder(folder: Path, fill: Callable[[Path], None]) -> Iterator[None]:
+def create_run_folder(
+    folder: Path,
+    fill: Callable[[Path], None],
+    make_room: Callable[[], AbstractContextManager] = nullcontext,
+) -> Iterator[None]:
     """Create ``folder`` with the files that ``fill`` writes, and hold its lock during the block.
+
+    make_room: a block in which the name is free.
 
     It is filled under the name ``.NAME.new`` and then renamed. Files of a killed start are removed
     from there. Raises StoreError when the folder cannot be created, exists already, or another
@@ -81,7 +87,7 @@ def create_run_folder(folder: Path, fill: Callable[[Path], None]) -> Iterator[No
                 for name in {*filter(is_run_file, os.listdir(draft))} - {".lock"}:
                     nolinks.remove(draft / name, parent)
                 fill(draft)
-            with explain_create_errors(folder):
+            with make_room(), explain_create_errors(folder):
                 draft.rename(folder)
         except BaseException:
             with suppress(OSError):

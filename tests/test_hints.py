@@ -1,0 +1,82 @@
+"""What clients never train is told, recorded and reported."""
+
+import pytest
+import small
+from runs import TINY, build_tiny
+from small import make_model
+
+from fedlora_mpi.algorithm import LocalTraining
+from fedlora_mpi.algorithms import algorithm_names, find_algorithm
+from fedlora_mpi.algorithms.fedlora import FedLoRA
+from fedlora_mpi.algorithms.fedrep import FedRep
+from fedlora_mpi.algorithms.pfedlora import PFedLoRA
+from fedlora_mpi.run.hints import run_hints, untrained_parts
+from fedlora_mpi.store.reader import RunFiles
+
+IID = ["data.partition.kind=iid", "data.partition.train=20", "data.partition.test=5"]
+
+
+def doubts(method, epochs):
+    model, train = make_model("bn_net"), LocalTraining(epochs=epochs, batch_size=5)
+    trainer = small.make_trainer(method, "bn_net", train)
+    shared = trainer.transport.download(small.initial_variables(trainer).shared)
+    return untrained_parts(method, model, train, shared)
+
+
+@pytest.mark.parametrize("name", algorithm_names())
+def test_no_method_is_doubtful_by_default(name):
+    fields = {"small": "cnn5"} if name in ("fml", "fedkd", "fedapen") else {}
+    if name in ("fml", "fedkd", "fedapen"):
+        fields["small"] = "small:cnn"
+    assert doubts(find_algorithm(name)(**fields), epochs=5) == []
+
+
+def test_epochs_that_leave_none_for_the_shared_part_are_told_with_their_keys():
+    (line,) = doubts(FedLoRA(lora_epochs=2), epochs=2)
+    assert line.startswith("fedlora: phase 2 of 2 of local training has no epoch; no phase trains ")
+    assert line.endswith("which clients share (train.epochs = 2, algorithm.lora_epochs = 2)")
+    (line,) = doubts(FedRep(head_epochs=3), epochs=3)
+    assert "phase 2 of 2" in line and "algorithm.head_epochs = 3" in line
+
+
+def test_a_phase_without_epochs_is_told_even_if_it_trains_no_parameter_of_the_network():
+    (line,) = doubts(PFedLoRA(adapter_epochs=0), epochs=2)
+    assert line == (
+        "pfedlora: phase 2 of 2 of local training has no epoch "
+        "(train.epochs = 2, algorithm.adapter_epochs = 0)"
+    )
+
+
+def test_a_run_tells_it_once_and_its_report_shows_it(call, tmp_path):
+    run = tmp_path / "run"
+    code, _, err = call(
+        "run", TINY, "train.epochs=2", "algorithm.lora_epochs=2", "rounds=1", f"output={run}"
+    )
+    assert code == 0
+    hints = [line for line in err.splitlines() if line.startswith("hint: fedlora: phase 2")]
+    assert len(hints) == 1 and "hint: round 1: the drift is exactly 0" in err
+    assert RunFiles(run).hints == [hints[0].removeprefix("hint: ")]
+    code, out, _ = call("report", run)
+    assert code == 0 and out.splitlines()[-1] == f"{run}: {hints[0].removeprefix('hint: ')}"
+
+
+def test_ranks_are_recommended_only_where_there_is_a_launcher(monkeypatch):
+    monkeypatch.setattr("fedlora_mpi.run.hints.os.cpu_count", lambda: 8)
+    for launcher, count in (("mpirun", 1), (None, 0)):
+        monkeypatch.setattr("fedlora_mpi.run.hints.find_mpirun", lambda found=launcher: found)
+        lines = [line for line in run_hints(build_tiny()) if "cores are busy" in line]
+        assert lines == ["1 of 8 cores are busy; --ranks 9 would use them all"] * count
+
+
+def test_a_reset_key_is_told_and_recorded_but_is_no_doubt_of_the_report(call, tmp_path):
+    for name, overrides in (("a", IID), ("b", [])):
+        run = tmp_path / name
+        code, _, err = call("run", TINY, *overrides, "rounds=1", f"output={run}")
+        assert code == 0 and "drift is exactly" not in err
+        told = [line for line in err.splitlines() if " resets " in line]
+        assert len(told) == bool(overrides)
+        keys = ("data.partition.alpha = 0.7 (", "data.partition.minimum = 5 (")
+        assert all(key in line for line in told for key in keys)
+        text = (run / "config.yaml").read_text()
+        assert all(f"# Hint: {line.removeprefix('hint: ')}\n" in text for line in told)
+        assert RunFiles(run).hints == []
