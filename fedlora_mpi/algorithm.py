@@ -13,9 +13,9 @@ from torch import Generator, Tensor
 
 from .core.batch import Batch, cross_entropy
 from .core.bounds import bounded
+from .core.former_hooks import FORMER_HOOKS, refuse_former_hooks
 from .core.names import factors_by_weight
 from .core.tree import Tree
-from .former_hooks import FORMER_HOOKS, refuse_former_hooks
 from .models.network import Model
 
 

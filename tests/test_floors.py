@@ -12,7 +12,6 @@ ROOT = Path(__file__).parent.parent / "fedlora_mpi"
 FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is its face, on no floor
     "core": 0,  # no federated meaning
     "models": 1,
-    "former_hooks": 1,  # hooks of earlier versions, which are refused
     "algorithm": 2,  # the contract
     "components": 3,  # formulas that several methods share
     **dict.fromkeys(("algorithms", "data", "store"), 4),

@@ -18,7 +18,7 @@ from fedlora_mpi.algorithms import find_algorithm
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.cli import main
 from fedlora_mpi.core import user_code as foreign
-from fedlora_mpi.former_hooks import FORMER_HOOKS
+from fedlora_mpi.core.former_hooks import FORMER_HOOKS
 
 MODEL = """
 from torch import nn
