@@ -79,9 +79,13 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Overrides may come in any order; if two have the same key, the later one counts. Raises
     ConfigError.
     """
-    config, origin = _read(Path(path), overrides)
+    return _fill_output(Path(path), *_read(Path(path), overrides))
+
+
+def _fill_output(path: Path, config: Config, origin: Origin) -> Config:
+    """``config`` of the file ``path`` with the placeholders of ``output`` replaced."""
     substitutes = {
-        "name": Path(path).stem,
+        "name": path.stem,
         "algorithm": algorithm_name(config.algorithm).rpartition(":")[2],
         "seed": str(config.seed),
     }
@@ -110,11 +114,12 @@ def annotated_yaml(path: str | Path, overrides: Sequence[str] = ()) -> str:
     """``resolved_yaml`` of ``read(path, overrides)`` with the origin of each key as a comment:
     ``default``, ``FILE:LINE`` or ``command line``. Raises ConfigError.
     """
-    config = read(path, overrides)
-    sources = _read(Path(path), overrides)[1].source_of_key
+    config, origin = _read(Path(path), overrides)
+    sources = origin.source_of_key
     lines = {
         file: _key_lines(_read_text(Path(file))) for file in set(sources.values()) - {COMMAND_LINE}
     }
+    config = _fill_output(Path(path), config, origin)
     text = resolved_yaml(config)
     key_of_line = {line: key for key, line in _key_lines(text).items()}
     settings, annotated = flatten(config), []
