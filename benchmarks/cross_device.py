@@ -18,10 +18,10 @@ from report import arguments, tell
 
 from fedlora_mpi.config import from_dict
 from fedlora_mpi.engine.flops import Flops
+from fedlora_mpi.experiment.assembly import build
+from fedlora_mpi.experiment.checkpointing import initial_state
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import initial_state
 
 WAYS = {
     "loop": {"path": "loop"},

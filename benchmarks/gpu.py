@@ -30,12 +30,12 @@ from throughput import bare_loop
 from fedlora_mpi.config import from_dict
 from fedlora_mpi.engine.memory import MemoryBudget
 from fedlora_mpi.engine.train import Trainer
+from fedlora_mpi.experiment.assembly import Assembly, build
+from fedlora_mpi.experiment.checkpointing import initial_state
 from fedlora_mpi.federation.federation import State
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo, connect
 from fedlora_mpi.mpi.ending import run_or_abort
-from fedlora_mpi.run.assembly import Assembly, build
-from fedlora_mpi.run.checkpointing import initial_state
 
 FULL = {
     "model": "resnet8",

@@ -31,12 +31,12 @@ import torch
 from report import arguments, tell
 
 from fedlora_mpi.config import from_dict
+from fedlora_mpi.experiment.assembly import build
+from fedlora_mpi.experiment.checkpointing import initial_state
 from fedlora_mpi.federation.federation import State
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import initial_state
 
 HERE = Path(__file__).parent
 PEERS = {"flwr": HERE / "peer" / "flower.py", "pfl": HERE / "peer" / "apple.py"}

@@ -193,8 +193,8 @@ def play(config: str, output: str) -> None:
     Alone, a round would take what the rank that computes longest computes, and the log and
     checkpoint behind it.
     """
+    from fedlora_mpi.experiment import loop as run
     from fedlora_mpi.mpi.comm import connect
-    from fedlora_mpi.run import loop as run
 
     comm, whole, walls, cpus, ends = connect(), run.run_round, [], [], []
 

@@ -15,10 +15,10 @@ from report import arguments, tell
 
 from fedlora_mpi.config import read
 from fedlora_mpi.core.tree import Tree
+from fedlora_mpi.experiment.assembly import build
+from fedlora_mpi.experiment.checkpointing import initial_state
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import initial_state
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 WAYS = {

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from fedlora_mpi.config import from_dict
 from fedlora_mpi.engine.device import retain_freed_memory
+from fedlora_mpi.experiment.assembly import build
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.run.assembly import build
 from fedlora_mpi.store.reader import RunFiles
 
 EPOCHS, LORA_EPOCHS, BATCH, RATIO, LINEAR = 5, 2, 100, 0.6, 4

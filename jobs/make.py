@@ -1,10 +1,16 @@
 """Write this folder's scripts: ``python jobs/make.py`` after a change of
-``fedlora_mpi/run/slurm.py``.
+``fedlora_mpi/experiment/slurm.py``.
 """
 
 from pathlib import Path
 
-from fedlora_mpi.run.slurm import Job, array_task_lines, program_line, sbatch_script, status_command
+from fedlora_mpi.experiment.slurm import (
+    Job,
+    array_task_lines,
+    program_line,
+    sbatch_script,
+    status_command,
+)
 
 HERE = Path(__file__).parent
 EDIT = """\

@@ -16,11 +16,11 @@ from collections import Counter
 
 from fedlora_mpi.aggregation.aggregator import Aggregator
 from fedlora_mpi.cli import main
+from fedlora_mpi.experiment import checkpointing as saving
+from fedlora_mpi.experiment import loop as run
 from fedlora_mpi.federation import round as rounds
 from fedlora_mpi.mpi import comm
 from fedlora_mpi.resilience import rebalancing as balance
-from fedlora_mpi.run import checkpointing as saving
-from fedlora_mpi.run import loop as run
 
 PLAN = [tuple(fault) for fault in json.loads(sys.argv[1])]
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))

@@ -167,8 +167,8 @@ def _run_command(arguments: Sequence[str], ranks: int = 1) -> int:
     from runs import run_on_ranks
 
     from fedlora_mpi import config
+    from fedlora_mpi.experiment import loop as run
     from fedlora_mpi.mpi.ending import run_or_abort
-    from fedlora_mpi.run import loop as run
 
     run.collect_stop_signals = list  # only the main thread may ask for signals
     source, *overrides = (text for text in arguments[1:] if text != "--resume")

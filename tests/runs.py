@@ -21,13 +21,13 @@ import pytest
 import torch
 
 from fedlora_mpi import config as configs
+from fedlora_mpi.experiment.assembly import Assembly, build
+from fedlora_mpi.experiment.checkpointing import initial_state
+from fedlora_mpi.experiment.loop import _start_new_run
 from fedlora_mpi.federation.federation import Federation, State
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.heartbeat import Heartbeat
-from fedlora_mpi.run.assembly import Assembly, build
-from fedlora_mpi.run.checkpointing import initial_state
-from fedlora_mpi.run.loop import _start_new_run
 from fedlora_mpi.store.reader import RunFiles
 
 T = TypeVar("T")

@@ -16,6 +16,8 @@ from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.inputs import Images
 from fedlora_mpi.data.partition import Split
 from fedlora_mpi.engine.train import Trainer
+from fedlora_mpi.experiment.assembly import Assembly
+from fedlora_mpi.experiment.checkpointing import initial_state
 from fedlora_mpi.federation.clients import Clients, ClientType
 from fedlora_mpi.federation.cohorts import Cohorts, group_clients
 from fedlora_mpi.federation.federation import Federation
@@ -24,8 +26,6 @@ from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
 from fedlora_mpi.models.resnet import ResNet
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.run.assembly import Assembly
-from fedlora_mpi.run.checkpointing import initial_state
 
 torch.set_num_threads(1)  # the engine's default; sums in another order have other last bits
 

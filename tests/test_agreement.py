@@ -29,12 +29,12 @@ from torch import nn
 from fedlora_mpi.algorithm import Algorithm, Variables
 from fedlora_mpi.cli import main
 from fedlora_mpi.data.datasets import Samples
+from fedlora_mpi.experiment import agreement, parts
+from fedlora_mpi.experiment import fingerprint as inventory
+from fedlora_mpi.experiment import output as folder
+from fedlora_mpi.experiment.assembly import build as build_run
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal, collectively
-from fedlora_mpi.run import agreement, parts
-from fedlora_mpi.run import fingerprint as inventory
-from fedlora_mpi.run import output as folder
-from fedlora_mpi.run.assembly import build as build_run
 from fedlora_mpi.store import seal, sight
 from fedlora_mpi.store.log import read_inventory
 
@@ -390,7 +390,7 @@ def test_images_replaced_between_run_and_resume_are_refused(pictures, command, c
     assert main(command) == 2
     (line,) = package_lines(capsys.readouterr().err)
     assert line.startswith(
-        "fedlora-mpi: out: training samples: not the same as when the run began; put back what was"
+        "fedlora-mpi: out: training samples: not the same as when the run began (log.h5); put back what was"
     )
     assert sorted(pictures.rglob("*")) == before
     picture_folder(pictures.parent / "data")
@@ -436,7 +436,7 @@ def test_shuffled_texts_with_the_same_labels_and_words_are_refused(tmp_path, mon
     assert main(["run", str(TINY), *options, "output=out"]) == 0, capsys.readouterr().err
     write([*range(2, 24), 0, 1])
     assert main(["resume", "out", "rounds=2"]) == 2
-    assert "training samples: not the same as when the run began" in capsys.readouterr().err
+    assert "training samples: not the same as when the run began (log.h5)" in capsys.readouterr().err
 
 
 def test_a_network_of_other_first_weights_or_of_another_kind_is_refused_on_a_resume(

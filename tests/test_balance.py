@@ -14,11 +14,11 @@ from runs import (
     tiny_config,
 )
 
+from fedlora_mpi.experiment.assembly import build
+from fedlora_mpi.experiment.checkpointing import initial_state
+from fedlora_mpi.experiment.engine_choice import worker_ranks
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.resilience.rebalancing import is_rebalancing_due, rebalance
-from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import initial_state
-from fedlora_mpi.run.engine_choice import worker_ranks
 
 
 def balanced_run(ranks: int, taken: list[float], *asked: str, samples: float = 1.0):

@@ -23,12 +23,12 @@ from fedlora_mpi.config import read
 from fedlora_mpi.core.batch import kl_divergence
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import add_prefix, numel, select_prefix, tmap
+from fedlora_mpi.experiment.assembly import build
+from fedlora_mpi.experiment.checkpointing import initial_state
+from fedlora_mpi.experiment.loop import resume, start
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Fault
-from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import initial_state
-from fedlora_mpi.run.loop import resume, start
 
 METHODS = pytest.mark.parametrize("method", [FML, FedKD, FedAPEN])
 WITH_BN = {"small": "small:bn_net"}

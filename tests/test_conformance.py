@@ -34,10 +34,10 @@ from fedlora_mpi.components.lora import FineTuning
 from fedlora_mpi.config import read
 from fedlora_mpi.core.names import display_name
 from fedlora_mpi.data.partition import PARTITIONS, DirichletClass
+from fedlora_mpi.experiment.checkpointing import initial_state
+from fedlora_mpi.experiment.loop import resume, start
+from fedlora_mpi.experiment.parts import load_data
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.run.checkpointing import initial_state
-from fedlora_mpi.run.loop import resume, start
-from fedlora_mpi.run.parts import load_data
 
 NAMES = algorithms.algorithm_names()
 every_algorithm = pytest.mark.parametrize("name", NAMES)

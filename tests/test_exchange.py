@@ -13,7 +13,7 @@ from runs import TINY, assert_same_run
 from fedlora_mpi import config as configs
 from fedlora_mpi import open_run
 from fedlora_mpi.cli import main
-from fedlora_mpi.run.parts import load_data, split_data
+from fedlora_mpi.experiment.parts import load_data, split_data
 
 CLIENTS = 3
 

@@ -21,7 +21,7 @@ FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is it
     "privacy": 8,
     **dict.fromkeys(("config", "federation"), 9),
     "resilience": 10,
-    "run": 11,
+    "experiment": 11,
     **dict.fromkeys(("analysis", "plan"), 12),
     **dict.fromkeys(("doctor", "reproduce"), 13),
     "commands": 14,
@@ -135,7 +135,7 @@ def test_a_run_never_imports_the_analysis():
     trees, met, ahead = (
         parsed(),
         set(),
-        [("run", "loop"), ("run", "assembly"), ("federation", "round"), ("plan", "__init__")],
+        [("experiment", "loop"), ("experiment", "assembly"), ("federation", "round"), ("plan", "__init__")],
     )
     while ahead:
         parts = ahead.pop()

@@ -115,7 +115,7 @@ def test_modules_of_the_users_may_import_torchvision_and_nothing_else_does(modul
     module("my_method", METHOD)
     code = (
         "import sys; from fedlora_mpi.cli import main; from fedlora_mpi.config.reading import "
-        "read;from fedlora_mpi.run.assembly import build; from fedlora_mpi.mpi.comm import Solo; "
+        "read;from fedlora_mpi.experiment.assembly import build; from fedlora_mpi.mpi.comm import Solo; "
         f"build(read({str(TINY)!r}), 'x', Solo());assert 'torchvision' not in sys.modules;"
         "from fedlora_mpi.algorithms import find_algorithm; find_algorithm('my_method:Mine'); assert 'torchvision' in "
         "sys.modules"

@@ -21,14 +21,14 @@ from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.components.prototypes import client_class_means, prototype_loss, prototypes
 from fedlora_mpi.config import read
 from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.experiment.assembly import build
+from fedlora_mpi.experiment.loop import resume, start
 from fedlora_mpi.federation.cohorts import Cohorts
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.plan import plan
-from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.loop import resume, start
 
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
 MIXED = ("cnn", "bn_net", "wide_cnn")  # three networks with five features each

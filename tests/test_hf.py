@@ -25,11 +25,11 @@ from fedlora_mpi.core.batch import Batch
 from fedlora_mpi.core.seeds import isolate_rng, rng
 from fedlora_mpi.core.vision import import_torchvision
 from fedlora_mpi.data.texts import Text, Vocabulary
+from fedlora_mpi.experiment.assembly import build as build_run
+from fedlora_mpi.experiment.loop import resume, start
 from fedlora_mpi.models import huggingface, weights, zoo
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal
-from fedlora_mpi.run.assembly import build as build_run
-from fedlora_mpi.run.loop import resume, start
 
 import_torchvision()  # see there: transformers imports it
 transformers = pytest.importorskip("transformers")

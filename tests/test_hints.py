@@ -10,7 +10,7 @@ from fedlora_mpi.algorithms import algorithm_names, find_algorithm
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.fedrep import FedRep
 from fedlora_mpi.algorithms.pfedlora import PFedLoRA
-from fedlora_mpi.run.hints import run_hints, untrained_parts
+from fedlora_mpi.experiment.hints import run_hints, untrained_parts
 from fedlora_mpi.store.reader import RunFiles
 
 IID = ["data.partition.kind=iid", "data.partition.train=20", "data.partition.test=5"]
@@ -61,9 +61,11 @@ def test_a_run_tells_it_once_and_its_report_shows_it(call, tmp_path):
 
 
 def test_ranks_are_recommended_only_where_there_is_a_launcher(monkeypatch):
-    monkeypatch.setattr("fedlora_mpi.run.hints.os.cpu_count", lambda: 8)
+    monkeypatch.setattr("fedlora_mpi.experiment.hints.os.cpu_count", lambda: 8)
     for launcher, count in (("mpirun", 1), (None, 0)):
-        monkeypatch.setattr("fedlora_mpi.run.hints.find_mpirun", lambda found=launcher: found)
+        monkeypatch.setattr(
+            "fedlora_mpi.experiment.hints.find_mpirun", lambda found=launcher: found
+        )
         lines = [line for line in run_hints(build_tiny()) if "cores are busy" in line]
         assert lines == ["1 of 8 cores are busy; --ranks 9 would use them all"] * count
 

@@ -51,13 +51,13 @@ from fedlora_mpi.config import (
 from fedlora_mpi.core.scheduling import assign_groups
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.engine.flops import Flops
+from fedlora_mpi.experiment.assembly import build
+from fedlora_mpi.experiment.checkpointing import load_state, save_checkpoint
+from fedlora_mpi.experiment.parts import load_data
 from fedlora_mpi.federation.cohorts import group_clients
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
 from fedlora_mpi.plan import plan
-from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import load_state, save_checkpoint
-from fedlora_mpi.run.parts import load_data
 from fedlora_mpi.store.reader import RunFiles
 from fedlora_mpi.store.snapshot import Checkpoint, checkpoint_folder
 

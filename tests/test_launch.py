@@ -8,9 +8,9 @@ import threading
 import pytest
 from runs import TINY, assert_same_run, command_line, last_checkpoint, launch, wait_until
 
+from fedlora_mpi.experiment.progress import Progress
 from fedlora_mpi.mpi import local_ranks
 from fedlora_mpi.mpi.comm import Solo
-from fedlora_mpi.run.progress import Progress
 
 LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "SLURM_NTASKS")
 

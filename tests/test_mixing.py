@@ -20,11 +20,11 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedcac import FedCAC
 from fedlora_mpi.algorithms.fedpac import FedPAC
 from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.experiment.assembly import Assembly
+from fedlora_mpi.experiment.checkpointing import initial_state
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Fault
-from fedlora_mpi.run.assembly import Assembly
-from fedlora_mpi.run.checkpointing import initial_state
 
 
 class Thread(Solo):

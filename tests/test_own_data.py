@@ -120,7 +120,7 @@ def test_vectors_of_a_function_train_on_their_own_clients(module, call, tmp_path
     (tmp_path / "own_arrays.py").write_text(text.replace("y[:, None]", "2 * y[:, None]"))
     sys.modules.pop("own_arrays")
     code, _, error = call("resume", "run", "rounds=3")
-    assert code == 2 and "training samples: not the same as when the run began" in error
+    assert code == 2 and "training samples: not the same as when the run began (log.h5)" in error
     assert f"put back what was in data.dataset = {module}:vectors, or start anew" in error
 
 

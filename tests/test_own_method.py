@@ -12,8 +12,8 @@ from fedlora_mpi.algorithm import LocalTraining
 from fedlora_mpi.cli import main
 from fedlora_mpi.config.reading import ConfigError, read
 from fedlora_mpi.core.in_place import TreeState
+from fedlora_mpi.experiment.method_trial import try_method
 from fedlora_mpi.models import zoo
-from fedlora_mpi.run.method_trial import try_method
 
 IMPORTS = """from dataclasses import dataclass
 

@@ -23,9 +23,9 @@ from fedlora_mpi.config import from_dict
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import numel, select_prefix
 from fedlora_mpi.data.feed import Feed
+from fedlora_mpi.experiment.parts import load_data
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
-from fedlora_mpi.run.parts import load_data
 
 PLACES = ("matrix", "conv", "side")
 NETS = (thorough_param("cnn"), "bn_net", thorough_param("noisy_net"))

@@ -15,6 +15,7 @@ from fedlora_mpi.cli import main
 from fedlora_mpi.config import read
 from fedlora_mpi.core.scheduling import assign_groups
 from fedlora_mpi.engine.flops import Flops
+from fedlora_mpi.experiment.assembly import build
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.plan import estimate
 from fedlora_mpi.plan.counted import GpuSeconds, _count, gpu_capacity
@@ -22,7 +23,6 @@ from fedlora_mpi.plan.devices import CONTEXT_BYTES, GPUS, Device, find_device
 from fedlora_mpi.plan.forecast import Costs, Machine, UnitCosts, allgather, allreduce, forecast
 from fedlora_mpi.plan.line import CostLine, sample_limits
 from fedlora_mpi.plan.unit_costs import _run_beside, measure_costs
-from fedlora_mpi.run.assembly import build
 
 HERE = Machine(math.inf, 1e9, 1e-5)
 UNIT = UnitCosts(CostLine(0.5, 0.25, 0.125), CostLine(0, 0, 0), CostLine(0, 0, 0.0625), 2.0)

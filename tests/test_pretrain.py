@@ -18,10 +18,10 @@ from runs import (
 )
 
 from fedlora_mpi.data.feed import Feed
+from fedlora_mpi.experiment.parts import load_data
+from fedlora_mpi.experiment.pretrain import parse_classes, pool_samples
 from fedlora_mpi.models import weights, zoo
 from fedlora_mpi.mpi import comm
-from fedlora_mpi.run.parts import load_data
-from fedlora_mpi.run.pretrain import parse_classes, pool_samples
 from fedlora_mpi.store.reader import RunFiles
 
 LINE = re.compile(r"epoch (\d+)/(\d+) · test accuracy ([\d.]+)% · train loss ([\d.]+) · ")

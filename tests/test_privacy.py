@@ -33,6 +33,8 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.cli import main
 from fedlora_mpi.config import ConfigError
 from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.experiment.checkpointing import initial_state
+from fedlora_mpi.experiment.loop import resume, start
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Fault
@@ -40,8 +42,6 @@ from fedlora_mpi.privacy import accountant, masks
 from fedlora_mpi.privacy.check import check_run
 from fedlora_mpi.privacy.clipping import clip_update
 from fedlora_mpi.privacy.settings import Privacy
-from fedlora_mpi.run.checkpointing import initial_state
-from fedlora_mpi.run.loop import resume, start
 from fedlora_mpi.store.reader import RunFiles
 
 thorough = pytest.mark.thorough

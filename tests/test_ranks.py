@@ -25,9 +25,9 @@ from fedlora_mpi.analysis.page import tables
 from fedlora_mpi.analysis.page.crowd import assign_looks
 from fedlora_mpi.analysis.page.style import plot_style
 from fedlora_mpi.core import clock
+from fedlora_mpi.experiment.assembly import build
+from fedlora_mpi.experiment.checkpointing import initial_state
 from fedlora_mpi.federation.round import run_round
-from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import initial_state
 from fedlora_mpi.store.log import Log
 from fedlora_mpi.store.reader import RunFiles
 

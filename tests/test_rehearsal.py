@@ -18,12 +18,12 @@ from fedlora_mpi import cli
 from fedlora_mpi import config as configs
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.engine.rehearsal import find_objection
+from fedlora_mpi.experiment.assembly import build
 from fedlora_mpi.models import zoo
 from fedlora_mpi.models.coupling import couples_examples
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal
-from fedlora_mpi.run.assembly import build
 from fedlora_mpi.store.log import Log
 
 HERE = "test_rehearsal"
@@ -452,7 +452,7 @@ def test_a_network_that_never_trains_is_refused_in_one_line(path, tmp_path, caps
 
 def test_a_network_that_is_known_needs_no_trial(monkeypatch):
     monkeypatch.setattr(
-        "fedlora_mpi.run.engine_choice.rehearse_engine", lambda *given: pytest.fail("tried")
+        "fedlora_mpi.experiment.engine_choice.rehearse_engine", lambda *given: pytest.fail("tried")
     )
     build(tiny_config(), str(TINY), Solo())
     with pytest.raises(pytest.fail.Exception):

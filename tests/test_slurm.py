@@ -23,8 +23,8 @@ from runs import (
 )
 
 from fedlora_mpi.cli import main
+from fedlora_mpi.experiment.slurm import Job, sbatch_script
 from fedlora_mpi.reproduce import carry
-from fedlora_mpi.run.slurm import Job, sbatch_script
 
 ROOT = TESTS.parent
 MAKE = runpy.run_path(str(ROOT / "jobs/make.py"))

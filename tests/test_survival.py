@@ -46,6 +46,10 @@ from fedlora_mpi.cli import main
 from fedlora_mpi.config.experiment import Faults
 from fedlora_mpi.core.scheduling import assign_groups
 from fedlora_mpi.data.inputs import Images
+from fedlora_mpi.experiment import loop as run_module
+from fedlora_mpi.experiment.assembly import build
+from fedlora_mpi.experiment.checkpointing import initial_state
+from fedlora_mpi.experiment.loop import start
 from fedlora_mpi.federation.cohorts import Cohorts
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi import watchdog
@@ -53,10 +57,6 @@ from fedlora_mpi.mpi.comm import Mpi, Solo
 from fedlora_mpi.mpi.ending import Fault, Refusal
 from fedlora_mpi.mpi.pending import RankLost
 from fedlora_mpi.resilience.recovery import run_tolerant
-from fedlora_mpi.run import loop as run_module
-from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import initial_state
-from fedlora_mpi.run.loop import start
 from fedlora_mpi.store.reader import RunFiles
 
 METHODS = {

@@ -29,14 +29,14 @@ from fedlora_mpi.config.blocks import ConfigError
 from fedlora_mpi.data.feed import Epoch
 from fedlora_mpi.data.tasks import Tasks
 from fedlora_mpi.engine.flops import Flops
+from fedlora_mpi.experiment.assembly import build
+from fedlora_mpi.experiment.checkpointing import initial_state
+from fedlora_mpi.experiment.loop import resume
+from fedlora_mpi.experiment.parts import load_data
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.plan import plan
-from fedlora_mpi.run.assembly import build
-from fedlora_mpi.run.checkpointing import initial_state
-from fedlora_mpi.run.loop import resume
-from fedlora_mpi.run.parts import load_data
 
 EACH = ("data.tasks.classes=1", "data.tasks.rounds=1")
 PAIRS = ("data.tasks.classes=2", "data.tasks.rounds=2")

@@ -22,11 +22,11 @@ from fedlora_mpi.data.datasets import Source, load
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.partition import Iid
 from fedlora_mpi.data.texts import Text, Vocabulary
+from fedlora_mpi.experiment.assembly import build as build_run
+from fedlora_mpi.experiment.loop import resume, start
 from fedlora_mpi.models import zoo
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal
-from fedlora_mpi.run.assembly import build as build_run
-from fedlora_mpi.run.loop import resume, start
 
 pytest.importorskip("tokenizers")
 

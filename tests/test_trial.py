@@ -16,7 +16,7 @@ from fedlora_mpi.engine.speed import (
     measure_engines,
     measure_speed,
 )
-from fedlora_mpi.run import assembly as building
+from fedlora_mpi.experiment import assembly as building
 
 MEASURE = Engine(device="cpu", path="measure")
 loop, stack = (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .. import config as configs
 from ..core.paths import expand_home
-from ..run.output import adopt_recorded_engine
+from ..experiment.output import adopt_recorded_engine
 from ..store import checkpoint
 from ..store.files import StoreError
 

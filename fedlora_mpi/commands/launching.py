@@ -43,10 +43,10 @@ def launch_training(
 
     One rank is this process. Raises Refusal if there is no launcher.
     """
+    from ..experiment.stopping import lost_rounds_of
     from ..mpi import local_ranks
     from ..mpi.comm import Solo
     from ..mpi.ending import collectively
-    from ..run.stopping import lost_rounds_of
 
     if args.ranks == 1:
         return args.command.execute(args, Solo())

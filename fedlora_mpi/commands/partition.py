@@ -34,7 +34,7 @@ def _show_partition(args: argparse.Namespace) -> None:
     from ..analysis.pfllib_export import write_folder
     from ..config import read
     from ..core.escapes import escape_line, escape_lines
-    from ..run.parts import load_data, split_data, tell_hints
+    from ..experiment.parts import load_data, split_data, tell_hints
 
     config = read(args.config, args.overrides)
     if args.to and args.to[0] != "pfllib":

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Train a network on the pooled data."""
     from ..config import read
+    from ..experiment.pretrain import pretrain
     from ..mpi.ending import collectively
-    from ..run.pretrain import pretrain
 
     options = as_keywords(args, "config", "overrides")
     collectively(

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Continue a run."""
-    from ..run.loop import resume
+    from ..experiment.loop import resume
 
     check_ranks(args, comm)
     return resume(args.run, args.overrides, comm)
@@ -27,7 +27,7 @@ def execute(args: argparse.Namespace, comm: "Comm") -> int:
 
 def launch(args: argparse.Namespace) -> int:
     """Continue a run on several ranks of this machine."""
-    from ..run.output import config_to_resume
+    from ..experiment.output import config_to_resume
 
     settings = read_or_refuse(args, lambda: config_to_resume(args.run, args.overrides))
     arguments = ["resume", "--ranks", str(args.ranks), "--", str(args.run), *args.overrides]

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Train from a config."""
     from .. import config
-    from ..run import loop
+    from ..experiment import loop
 
     check_ranks(args, comm)
     settings, comm = loop.receive_config(comm, lambda: config.read(args.config, args.overrides))

@@ -21,8 +21,8 @@ def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Print whether a run is done."""
     from ..analysis.status import run_progress
     from ..core.escapes import escape_line
+    from ..experiment.loop import STOPPED_EXIT
     from ..mpi.ending import collectively
-    from ..run.loop import STOPPED_EXIT
 
     folder, saved, rounds = collectively(comm, lambda: run_progress(args.target, args.overrides))
     print(escape_line(f"{folder}: {'done' if saved >= rounds else f'{saved} of {rounds} rounds'}"))

@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Queue a run."""
+    from ..experiment.slurm import submit
     from ..mpi.ending import collectively
-    from ..run.slurm import submit
 
     print(collectively(comm, lambda: submit(args.config, **as_keywords(args, "config"))))
     return 0

@@ -230,9 +230,9 @@ def _check_build(setup: Setup) -> Finding:
 def build_values(setup: Setup) -> dict[str, Any]:
     """Build the parts of the run, and return what later checks need. Raises ValueError."""
     from .. import config as configs
+    from ..experiment.assembly import build
     from ..mpi.comm import Solo
     from ..plan import storage_bytes
-    from ..run.assembly import build
 
     config = configs.read(setup.source, setup.overrides)
     return {"need": storage_bytes(build(config, setup.source, Solo()))}

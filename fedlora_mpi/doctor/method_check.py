@@ -23,14 +23,14 @@ from ..config.blocks import prefix_errors
 from ..core.escapes import escape_line
 from ..engine.method_guard import describe_failure
 from ..engine.rehearsal import find_objection
+from ..experiment.assembly import build
+from ..experiment.loop import resume, start
+from ..experiment.method_trial import CHECKS, MethodTrial, try_method
+from ..experiment.parts import load_data, load_models
 from ..federation.clients import ClientType
 from ..models.network import Model
 from ..mpi.comm import Solo
 from ..mpi.ending import CollectiveExit
-from ..run.assembly import build
-from ..run.loop import resume, start
-from ..run.method_trial import CHECKS, MethodTrial, try_method
-from ..run.parts import load_data, load_models
 from ..store.reader import RunFiles
 
 _SOURCE = "command line"

@@ -23,12 +23,12 @@ from ..core.scheduling import assign_groups
 from ..core.tree import nbytes, numel, tmap
 from ..core.units import format_bytes, format_seconds
 from ..data.feed import Feed
+from ..experiment.assembly import Assembly, build
+from ..experiment.engine_choice import worker_ranks
+from ..experiment.fingerprint import recorded_inventory
 from ..federation.clients import ClientType
 from ..federation.federation import Federation, State
 from ..mpi.comm import Solo
-from ..run.assembly import Assembly, build
-from ..run.engine_choice import worker_ranks
-from ..run.fingerprint import recorded_inventory
 from .counted import gpu_capacity
 from .devices import BANDWIDTH, BANDWIDTH_SHARE, CONTEXT_BYTES, LATENCY, PEAK_SHARE, find_device
 from .forecast import Costs, Machine, Seconds, forecast

@@ -10,10 +10,10 @@ import numpy as np
 
 from ..core.scheduling import assign_groups
 from ..core.tree import nbytes
+from ..experiment.assembly import Assembly
 from ..federation.clients import Clients
 from ..federation.cohorts import Cohort
 from ..federation.federation import Federation
-from ..run.assembly import Assembly
 
 _ROUNDS = 16  # cohorts sampled to estimate the slowest worker when participation is below 1
 _POLL_SECONDS = 1e-3  # seconds that a polling wait adds to a message, see ``comm.Mpi``

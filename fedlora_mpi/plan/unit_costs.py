@@ -26,12 +26,12 @@ from ..algorithm import Aggregate, Term, Upload
 from ..core.paths import expand_home
 from ..core.tree import Tree, tmap
 from ..engine.speed import TruncatedFeed
+from ..experiment.assembly import Assembly
 from ..federation.client_store import ClientStore
 from ..federation.clients import Clients
 from ..federation.federation import Federation, State
 from ..federation.round import run_round
 from ..mpi.comm import Solo
-from ..run.assembly import Assembly
 from ..store import checkpoint
 from ..store.log import Log
 from .counted import count_gpu_costs

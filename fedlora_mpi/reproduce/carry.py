@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core.units import format_seconds
+from ..experiment import slurm
 from ..mpi import launch
-from ..run import slurm
 from ..store import nolinks
 from .grid import Job
 

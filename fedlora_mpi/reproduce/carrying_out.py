@@ -11,8 +11,8 @@ from pathlib import Path
 from ..config import resolved_yaml
 from ..core.escapes import escape_line
 from ..data.datasets import load
-from ..run.loop import STOPPED_EXIT
-from ..run.pretrain import pretrain
+from ..experiment.loop import STOPPED_EXIT
+from ..experiment.pretrain import pretrain
 from ..store import nolinks
 from ..store.files import open_for_reading, write_atomic
 from . import carry, sheet

@@ -178,10 +178,8 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
             and recorded[kind] != current[kind]
             and not (platform_change and kind in platform_dependent_kinds(assembly.config))
         ):
-            text = (
-                f"{folder}: "
-                f"{describe_difference(kind, recorded[kind], current[kind], reference)[1]}"
-            )
+            then = f"{reference} (log.h5)"  # the file that is damaged, if nothing has changed
+            text = f"{folder}: {describe_difference(kind, recorded[kind], current[kind], then)[1]}"
             place = f" in data.{assembly.config.data.source.place}" if kind == "data" else ""
             raise ValueError(f"{text}; put back what was{place}, or start anew with another output")
     if platform_change:
