@@ -32,6 +32,7 @@ HOME = {
     "mpi4py": "mpi",
     "h5py": "store",
     "yaml": "config",
+    "pyarrow": "data",
     "tokenizers": "data",
     "transformers": "models",
     "safetensors": "models",
@@ -135,7 +136,12 @@ def test_a_run_never_imports_the_analysis():
     trees, met, ahead = (
         parsed(),
         set(),
-        [("experiment", "loop"), ("experiment", "assembly"), ("federation", "round"), ("plan", "__init__")],
+        [
+            ("experiment", "loop"),
+            ("experiment", "assembly"),
+            ("federation", "round"),
+            ("plan", "__init__"),
+        ],
     )
     while ahead:
         parts = ahead.pop()
