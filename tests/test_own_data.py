@@ -1,5 +1,6 @@
 """A user's own arrays as a data set: from a function, an npz file, or CSV files of numbers."""
 
+import json
 import sys
 
 import numpy as np
@@ -221,6 +222,68 @@ def test_what_is_no_parquet_file_is_one_line(tmp_path, content):
         (tmp_path / "train.parquet").write_bytes(content)
     with pytest.raises(ValueError, match=r"table.train = train.parquet: cannot be read in .*\("):
         load(Source("table", root=str(tmp_path), table=PARQUET))
+
+
+def write_leaf(root, side, users, name="all_data_0.json"):
+    """Each user has samples of 784 numbers: (label, first number)."""
+    data = {
+        user: {"x": [[first] + [0.5] * 783 for _, first in rows], "y": [label for label, _ in rows]}
+        for user, rows in users.items()
+    }
+    (root / side).mkdir(exist_ok=True)
+    (root / side / name).write_text(json.dumps({"users": [*users], "user_data": data}))
+
+
+def test_a_folder_of_leaf_holds_users_as_clients(tmp_path):
+    write_leaf(tmp_path, "train", {"f2": [(0, 0.25), (1, 1)]}, "all_data_1.json")
+    write_leaf(tmp_path, "train", {"f1": [(2, 0.75)]})
+    write_leaf(tmp_path, "test", {"f1": [(1, 0)], "f2": [(0, 0)]})
+    data = load(Source("leaf", root=str(tmp_path)))
+    assert data.train.x.shape == (3, 1, 28, 28)
+    assert data.train.x[:, 0, 0, 0].tolist() == [0.75, 0.25, 1]
+    assert data.train.y.tolist() == [2, 0, 1] and data.classes == 3
+    assert [side.tolist() for side in data.owners] == [[0, 1, 1], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    "train, message",
+    [
+        (
+            {"f1": [(0, 1)], "f3": [(0, 1)]},
+            "1 users (first: f3) are in only one of train/ and test/",
+        ),
+        ({"f1": [(0, "a")]}, "train/: x must be rows of equally many numbers"),
+        (None, "there is no file train/*.json; give the folder data/ of a data set of LEAF"),
+    ],
+)
+def test_what_is_not_of_leaf_is_named(tmp_path, train, message):
+    write_leaf(tmp_path, "test", {"f1": [(0, 1)]})
+    if train:
+        write_leaf(tmp_path, "train", train)
+    with pytest.raises(ValueError) as error:
+        load(Source("leaf", root=str(tmp_path)))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is no file of LEAF (JSONDecodeError"),
+        ("[]", "is no file of LEAF (TypeError"),
+        ('{"users": ["a"], "user_data": {}}', "is no file of LEAF (KeyError: 'a')"),
+        (
+            '{"users": ["a"], "user_data": {"a": {"x": [[1]], "y": []}}}',
+            "has 1 inputs and 0 labels",
+        ),
+    ],
+)
+def test_a_file_that_is_not_of_leaf_is_named(tmp_path, content, message):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/a.json").write_text(content)
+    with pytest.raises(ValueError) as error:
+        load(Source("leaf", root=str(tmp_path)))
+    assert f"data.root = {tmp_path}: train/a.json: " in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

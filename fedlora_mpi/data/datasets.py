@@ -21,6 +21,7 @@ from ..core.vision import import_torchvision
 from . import own, pfllib
 from .csv_texts import read_ag_news, read_csv
 from .folders import read_folder, read_tiny_imagenet
+from .leaf import read_leaf
 from .own_checks import check
 from .samples import LabelledTexts, RawData, Samples, to_samples
 from .tables import Table, read_tables
@@ -102,7 +103,8 @@ class Source:
     dataset: str  # a name in DATASETS, or module:function
     # Folder in which torchvision puts its folders. "folder": the folder with train/ and val/ or
     # test/. "csv", "table": the folder of the files. "pfllib": a folder dataset/NAME of
-    # PFLlib. A function of the user gets it if it has a parameter ``root``.
+    # PFLlib; "leaf": the folder data/ of a data set of LEAF. A function of the user gets it if it
+    # has a parameter ``root``.
     root: str = "~/data"
     download: bool = False
     # how the data of clients differ, see ``feed.Feed``
@@ -174,6 +176,7 @@ DATASETS = (
     "ag_news",
     "csv",
     "pfllib",
+    "leaf",
     "npz",
     "table",
 )
@@ -428,6 +431,7 @@ _TEXT_READERS: dict[str, Callable[[Source], RawData]] = {
 }
 _OWN_READERS: dict[str, Callable[[Source], own.OwnData]] = {
     "npz": lambda source: own.read_npz(str(source.path)),
+    "leaf": lambda source: read_leaf(source.root),
     "table": lambda source: read_tables(str(expand_home(source.root)), source.table),
 }
 _READERS: dict[str, Callable[[Source], RawData]] = {
