@@ -107,8 +107,8 @@ class Source:
     # has a parameter ``root``.
     root: str = "~/data"
     download: bool = False
-    # how the data of clients differ, see ``feed.Feed``
-    shift: Literal["none", "rotate", "labels"] = "none"
+    # how the data of clients differ, or those of all from what a backbone saw; see ``feed.Feed``
+    shift: Literal["none", "rotate", "labels", "permute", "rotate_inputs"] = "none"
     # auto: the official training transforms of the data set
     augment: Literal["auto", "none"] | tuple[Transform, ...] = "auto"
     image_size: int | None = None  # "folder" only: side in pixels to which images are resized
