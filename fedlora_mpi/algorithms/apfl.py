@@ -42,10 +42,13 @@ _OWN = method_leaf_name("own")
 
 @dataclass(frozen=True)
 class APFL(Averaging):
-    """``alpha`` is the initial alpha_i of every client; it stays fixed unless ``adaptive``."""
+    """The personal leaf "mix.alpha" is alpha_i, "own.<leaf>" are v_i."""
 
+    # [1] alpha_i of every client before round 1; default: the authors' code (FedTorch)
     alpha: float = 0.5
+    # whether alpha_i is learned or stays fixed; default: the paper's Algorithm 1
     adaptive: bool = True
+    # [1] weight decay of the step on alpha_i; default: eq. (10), which has none (FedTorch: 0.02)
     alpha_decay: float = 0.0
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ _OWN = method_leaf_name("own")
 class Ditto(Averaging):
     """With ``lam: 0``, v_i trains as in Local. w is that of FedAvg for every ``lam``."""
 
+    # [1] weight of the pull of v_i towards w; default: the authors' FMNIST script
     lam: float = 1.0
 
     def __post_init__(self) -> None:
