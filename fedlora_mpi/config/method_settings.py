@@ -11,11 +11,12 @@ A class that gives an inherited field another default only says where that comes
 
 import ast
 import inspect
+import json
 import re
 import textwrap
 import tokenize
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import cache
 from io import StringIO
 from typing import Any, NamedTuple, cast
@@ -37,10 +38,17 @@ class Setting(NamedTuple):
     meaning: str
     source: str  # of the default
 
+    def explanation_lines(self) -> list[str]:
+        """All of this in words, in lines of up to 96 characters."""
+        unit = f" [{self.unit}]" if self.unit else ""
+        default = self.default if isinstance(self.default, str) else json.dumps(self.default)
+        text = f"{self.meaning}. Allowed: {self.allowed}{unit}. Default: {default} ({self.source})"
+        return textwrap.wrap(text.replace("``", ""), 96)
+
 
 def method_settings(cls: type[Algorithm]) -> list[Setting]:
     """All settings of a method, in the order of its fields."""
-    return list(_settings(cls))
+    return list(_settings(cls)) if is_dataclass(cls) else []
 
 
 def _settings(cls: type[Algorithm]) -> Iterator[Setting]:
