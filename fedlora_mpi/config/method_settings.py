@@ -52,18 +52,25 @@ def method_settings(cls: type[Algorithm]) -> list[Setting]:
 
 
 def _settings(cls: type[Algorithm]) -> Iterator[Setting]:
-    intervals = _intervals(cls)
+    allowed = allowed_values(cls)
     for field in fields(cast(Any, cls)):
-        interval = intervals.get(field.name)
-        texts = [describe_range(field.type, interval)] if interval else allowed_texts(field.type)
         unit = meaning = source = ""
         for owner in cls.__mro__:
             if match := _COMMENT.fullmatch(_comments(owner).get(field.name, "")):
                 unit, meaning = unit or match[1] or "", meaning or match[2] or ""
                 if vars(owner).get(field.name) == field.default:
                     source = source or match[3]
-        allowed = join_alternatives(texts)
-        yield Setting(field.name, field.default, allowed, unit, meaning, source)
+        yield Setting(field.name, field.default, allowed[field.name], unit, meaning, source)
+
+
+def allowed_values(cls: type) -> dict[str, str]:
+    """{field: the values in words that it takes} of a dataclass."""
+    intervals, allowed = _intervals(cls), {}
+    for field in fields(cls):
+        interval = intervals.get(field.name)
+        texts = [describe_range(field.type, interval)] if interval else allowed_texts(field.type)
+        allowed[field.name] = join_alternatives(texts)
+    return allowed
 
 
 @cache
@@ -84,7 +91,7 @@ def _comments(owner: type) -> dict[str, str]:
             first = node.lineno
             while lines[first - 1].lstrip().startswith("#"):
                 first -= 1
-            texts = [comments[n] for n in range(first, node.lineno)]
+            texts = [comments.get(n, "") for n in range(first, node.lineno)]
             found[node.target.id] = " ".join(texts) or comments.get(node.end_lineno or 0, "")
     return found
 
