@@ -28,7 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from report import arguments, tell
+from report import add_names, arguments, tell
 
 from fedlora_mpi.config import from_dict
 from fedlora_mpi.experiment.assembly import build
@@ -161,17 +161,8 @@ def measured(line: list[str], folder: Path) -> tuple[dict, dict]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME"
-    )
-    parser.add_argument(
-        "--peers",
-        nargs="+",
-        choices=PEERS,
-        default=list(PEERS),
-        metavar="NAME",
-        help=", ".join(PEERS),
-    )
+    add_names(parser, "--workloads", WORKLOADS)
+    add_names(parser, "--peers", PEERS)
     parser.add_argument("--ours", type=Path, help="of this script alone: this package's side")
     asked, rows = parser.parse_args(), []
     if asked.ours:

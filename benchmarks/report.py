@@ -32,15 +32,20 @@ def arguments(doc: str, cases: Collection[str] = ()) -> argparse.ArgumentParser:
         help="write rows, hardware, versions, command and date there",
     )
     if cases:
-        parser.add_argument(
-            "--cases",
-            nargs="+",
-            choices=cases,
-            default=list(cases),
-            metavar="NAME",
-            help=", ".join(cases),
-        )
+        add_names(parser, "--cases", cases)
     return parser
+
+
+def add_names(parser: argparse.ArgumentParser, option: str, names: Collection[str]) -> None:
+    """Add an option that takes some of ``names`` (default: all)."""
+    parser.add_argument(
+        option,
+        nargs="+",
+        choices=names,
+        default=list(names),
+        metavar="NAME",
+        help=", ".join(names),
+    )
 
 
 def tell(asked: argparse.Namespace, rows: Sequence[Mapping], libraries: Sequence[str] = ()) -> None:

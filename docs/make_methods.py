@@ -28,6 +28,7 @@ from fedlora_mpi.algorithm import HOOKS, Aggregate, Algorithm, Transport, Update
 from fedlora_mpi.components.gating import cut_tensors
 from fedlora_mpi.components.lora import FineTuning
 from fedlora_mpi.components.lowrank import LowRank, matrix_shape
+from fedlora_mpi.config.method_settings import method_settings
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import Tree, nbytes, numel, tmap
 from fedlora_mpi.models.network import Model
@@ -387,7 +388,8 @@ def facts(name: str, model: Model) -> Iterator[str]:
     yield f"| bytes down | {equal('down') if counted.down else 'none'} |"
     yield f"| judged | {judged(cls)} |"
     yield f"| mean | {mean(algorithm, model)} |"
-    yield f"| settings | {', '.join(_settings(algorithm)) or 'none of its own'} |"
+    yield ""
+    yield from _settings(cls)
     yield ""
     yield "```text"
     yield text.body
@@ -398,14 +400,20 @@ def facts(name: str, model: Model) -> Iterator[str]:
     yield f"**Deviations:** {text.deviations}"
 
 
-def _settings(algorithm: Algorithm) -> Iterator[str]:
-    """The hyper-parameters and their defaults as a config would have them;
-    not those of the mean."""
-    for field in fields(algorithm):
-        if field.name not in ("weights", "absent"):
-            value = getattr(algorithm, field.name)
-            shown = json.dumps(value) if not isinstance(value, str) else value
-            yield f"`{field.name}: {shown}`"
+def _settings(cls: type[Algorithm]) -> Iterator[str]:
+    """The table of the hyper-parameters."""
+    settings = method_settings(cls)
+    if not settings:
+        yield "It has no settings."
+        return
+    yield "| setting | meaning | unit | allowed | where the default comes from |"
+    yield "|---|---|---|---|---|"
+    for setting in settings:
+        value = setting.default
+        shown = value if isinstance(value, str) else json.dumps(value)
+        texts = setting.meaning, setting.unit or "–", setting.allowed, setting.source
+        cells = (_markdown(text).replace("|", r"\|") for text in texts)
+        yield f"| `{setting.name}: {shown}` | {' | '.join(cells)} |"
 
 
 def _link(name: str) -> str:

@@ -261,9 +261,6 @@ class Algorithm:
     Subclasses are frozen dataclasses whose fields are the hyper-parameters. They may override the
     class variables below by plain values, fields or properties.
 
-    weights: the weight of a client's upload in the mean.
-    absent: whether clients outside the cohort are left out of the mean (``exclude``) or count
-        with the present shared variables (``stale``).
     evaluate_on: the model whose accuracy is the method's. ``after_aggregation`` and
         ``after_training`` are moments of each client's own model; ``server`` is the server's model
         on every client's test data.
@@ -272,7 +269,11 @@ class Algorithm:
     metrics: names of the numbers that ``server_update`` returns for the log.
     """
 
+    # weight of a client's upload in the mean: its training samples, or the same for all clients;
+    # default: FedAvg, Algorithm 1
     weights: Literal["samples", "uniform"] = "samples"
+    # clients outside the cohort are left out of the mean (exclude), or count with the present
+    # shared variables (stale); default: FedAvg, Algorithm 1
     absent: Literal["exclude", "stale"] = "exclude"
     evaluate_on: EvaluatedModel = "after_aggregation"
     held_out: float = 0.0

@@ -138,7 +138,7 @@ def test_by_default_products_are_scaled_by_each_rank():
             "rank_shares=[0.5]",
             "rank_shares = [0.5]: must be a share above 0 for each of lora_ranks, together 1",
         ),
-        ("capacities=[0.0]", "capacities = [0.0]: must be above 0, and lora_ranks one number"),
+        ("capacities=[0.0]", "capacities = [0.0]: must be numbers above 0"),
         ("layers=['nothing']", "layers = nothing: matches no weight"),
         ("layers=['head.*']", "layers = ['head.*']: match only what is trained in full"),
     ],

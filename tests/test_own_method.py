@@ -220,30 +220,32 @@ MISTAKES = {
 }
 
 
+def try_with_three_clients(name, **settings):
+    """Try the method of this name in its own new network: a mistake may write into the weights."""
+    model = zoo.build("user_parts:with_norm", {}, 4, (1, 8, 8), 1)
+    method = algorithms.find_algorithm(name)(**settings)
+    try_method(name, method, [model], LocalTraining(), clients=3, seed=1)
+
+
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_of_a_hook_is_named(method, case):
     body, mistake = MISTAKES[case]
     name = method(body)
-    model = zoo.build("user_parts:with_norm", {}, 4, (1, 8, 8), 1)
-    mine = algorithms.find_algorithm(name)()
     with pytest.raises(ValueError) as error:
-        try_method(name, mine, [model], LocalTraining(), clients=3, seed=1)
+        try_with_three_clients(name)
     assert str(error.value).startswith(f"name = {name}: ") and "\n" not in str(error.value)
     assert mistake in str(error.value)
 
 
 @pytest.mark.parametrize("name", algorithms.algorithm_names())
 def test_methods_of_the_package_have_none(name):
-    model = zoo.build("user_parts:with_norm", {}, 4, (1, 8, 8), 1)
-    options = {"small": "cnn"} if name in ("fml", "fedkd", "fedapen") else {}
-    method = algorithms.find_algorithm(name)(**options)
-    try_method(name, method, [model], LocalTraining(), clients=3, seed=1)
+    try_with_three_clients(
+        name, **({"small": "cnn"} if name in ("fml", "fedkd", "fedapen") else {})
+    )
 
 
 def test_what_cannot_be_divided_without_training_is_no_mistake(method):
-    name = method(f"{UPDATE}    return 1 / 0")
-    model = zoo.build("user_parts:with_norm", {}, 4, (1, 8, 8), 1)
-    try_method(name, algorithms.find_algorithm(name)(), [model], LocalTraining(), 3, 1)
+    try_with_three_clients(method(f"{UPDATE}    return 1 / 0"))
 
 
 TRAINING_MISTAKES = {

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 from urllib.parse import unquote, urlsplit
 
 import h5py
@@ -20,6 +20,7 @@ from runs import TESTS, process_environment
 from fedlora_mpi import algorithms, config
 from fedlora_mpi.config import blocks
 from fedlora_mpi.config.experiment import Config, ModelBlock, Network
+from fedlora_mpi.config.method_settings import allowed_values
 from fedlora_mpi.data.datasets import Source
 from fedlora_mpi.data.partition import PARTITIONS
 from fedlora_mpi.data.tasks import Tasks
@@ -206,6 +207,30 @@ def test_the_page_of_the_config_has_every_key_with_its_default():
     gone = {key for key in rows if re.fullmatch(r"(\w+\.)+\w+", key)} - known().keys()
     # of the blocks, which have tables of their own
     assert gone == {"data.synthetic", "data.text", "data.table", "data.tasks"}
+
+
+def bounds(cls: type, above: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, its values in words) of a block's choices and of its numbers with bounds, and of
+    the blocks in it.
+    """
+    hints, words = get_type_hints(cls), allowed_values(cls)
+    for name, hint in hints.items():
+        for part in (hint, *get_args(hint)):
+            if is_dataclass(part) and name not in ("data", "model", "mix"):
+                yield from bounds(part, f"{above}{name}.")
+        if get_origin(hint) is Literal or re.search(r"of at least|above|from", words.get(name, "")):
+            yield f"{above}{name}", words[name]
+
+
+def test_the_page_of_the_config_says_what_every_key_allows():
+    page = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    partition = page.index("### data.partition"), page.index("### data.synthetic")
+    page = page[: partition[0]] + page[partition[1] :]  # its table names the kinds of a key
+    rows = dict(re.findall(r"^\| `([\w.]+)` \|[^|]*\| ([^|]*) \|", page, re.MULTILINE))
+    expected = dict([*bounds(Config), *bounds(Source, "data."), *bounds(Tasks, "data.tasks.")])
+    assert len(expected) > 30 and expected["train.momentum"] == "a number from 0 to below 1"
+    for key, words in expected.items():
+        assert rows[key] == words, f"docs/configuration.md: `{key}` allows {words}, not {rows[key]}"
 
 
 def test_every_key_of_a_resolved_config_is_on_the_page():

@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -11,21 +10,10 @@ from torch import nn
 
 from fedlora_mpi.algorithm import Algorithm, Transport, Upload, Variables
 from fedlora_mpi.algorithms.fedavg import FedAvg
+from fedlora_mpi.doctor.method_check import small_network
 from fedlora_mpi.models.zoo import cnn
 
-
-def with_norm(classes: int, shape: tuple[int, ...]) -> nn.Module:
-    """A convolution, BatchNorm and a head: the smallest network that has leaves of every role."""
-    channels, height, width = shape
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(channels, 4, 3, stride=2, padding=1, bias=False),
-            norm=nn.BatchNorm2d(4),
-            relu=nn.ReLU(),
-            flat=nn.Flatten(),
-            head=nn.Linear(4 * (height // 2) * (width // 2), classes),
-        )
-    )
+with_norm = small_network
 
 
 def wide(classes: int, shape: tuple[int, ...], *, hidden: int = 12) -> nn.Module:

@@ -30,6 +30,7 @@ from torch import Generator, Tensor
 
 from ..algorithm import Batch, LocalTraining, Phase, Sgd, Step, Variables
 from ..components.averaging import Averaging
+from ..components.second_model import OWN, train_beside
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -37,45 +38,36 @@ from ..core.tree import Tree, add_prefix
 from ..models.network import Model
 
 _MIX_ALPHA = method_leaf_name("mix", "alpha")
-_OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
 class APFL(Averaging):
-    """``alpha`` is the initial alpha_i of every client; it stays fixed unless ``adaptive``."""
+    """The personal leaf "mix.alpha" is alpha_i, "own.<leaf>" are v_i."""
 
+    # [1] alpha_i of every client before round 1; default: the authors' code (FedTorch)
     alpha: float = 0.5
+    # whether alpha_i is learned or stays fixed; default: the paper's Algorithm 1
     adaptive: bool = True
+    # [1] weight decay of the step on alpha_i; default: eq. (10), which has none (FedTorch: 0.02)
     alpha_decay: float = 0.0
 
     def __post_init__(self) -> None:
         bounded(self, alpha="[0, 1]", alpha_decay="[0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Variables:
-        v = add_prefix(model.initial, _OWN)
+        v = add_prefix(model.initial, OWN)
         return Variables(shared=model.initial, personal=v | {_MIX_ALPHA: torch.tensor(self.alpha)})
 
     def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
-        parameters = {n for n in model.leaves if model.role(n) != "stats"}
-        own_parameters = {_OWN + n for n in parameters}
-
         def mixture_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             vbar = model.copy_statistics(self.client_model(model, now))
             return cross_entropy(model(vbar, batch.x), batch)
-
-        def shared_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            return cross_entropy(model(now.shared, batch.x), batch)
 
         def plain_sgd(sgd):
             return Sgd(sgd.lr, weight_decay=self.alpha_decay)
 
         alpha_step = Step(mixture_loss, _MIX_ALPHA.__eq__, plain_sgd, clamp=(0.0, 1.0))
-        # v_i steps first: its loss needs w_i before the step. The loss of w_i does not read v_i.
-        steps = (
-            Step(self.loss(model), own_parameters.__contains__),
-            Step(shared_loss, parameters.__contains__),
-        )
-        training = Phase(train.epochs, steps)
+        training = Phase(train.epochs, train_beside(model, self.loss(model)))
         if not self.adaptive:
             return (training,)
         mixing = Phase(1, (alpha_step,), stream="alpha", limit=lambda samples: train.batch_size)
@@ -86,7 +78,7 @@ class APFL(Averaging):
         alpha = v.personal[_MIX_ALPHA]
         vbar = {}
         for n in model.leaves:
-            own_weight = v.personal[_OWN + n]
+            own_weight = v.personal[OWN + n]
             vbar[n] = (
                 own_weight
                 if model.role(n) == "stats"

@@ -19,47 +19,36 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from ..algorithm import Batch, LocalTraining, Phase, Step, Variables
+from ..algorithm import Batch, LocalTraining, Phase, Variables
 from ..components.averaging import Averaging
-from ..core.batch import cross_entropy
+from ..components.second_model import OWN, train_beside
 from ..core.bounds import bounded
-from ..core.names import method_leaf_name
 from ..core.tree import Tree, add_prefix, select_prefix, sq_dist
 from ..models.network import Model
-
-_OWN = method_leaf_name("own")
 
 
 @dataclass(frozen=True)
 class Ditto(Averaging):
     """With ``lam: 0``, v_i trains as in Local. w is that of FedAvg for every ``lam``."""
 
+    # [1] weight of the pull of v_i towards w; default: the authors' FMNIST script
     lam: float = 1.0
 
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)")
 
     def init(self, model: Model, rng: Generator) -> Variables:
-        return Variables(shared=model.initial, personal=add_prefix(model.initial, _OWN))
+        return Variables(shared=model.initial, personal=add_prefix(model.initial, OWN))
 
     def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         base_loss = self.loss(model)
         parameters = [n for n in model.leaves if model.role(n) != "stats"]
-        own_parameters = {_OWN + n for n in parameters}
 
         def own_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             penalty = sq_dist(self.client_model(model, now), start.shared, parameters)
             return base_loss(now, start, batch) + self.lam / 2 * penalty
 
-        def shared_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            return cross_entropy(model(now.shared, batch.x), batch)
-
-        # neither loss reads what the other step updates, so the order does not matter
-        steps = (
-            Step(own_loss, own_parameters.__contains__),
-            Step(shared_loss, parameters.__contains__),
-        )
-        return (Phase(train.epochs, steps),)
+        return (Phase(train.epochs, train_beside(model, own_loss)),)
 
     def client_model(self, model: Model, v: Variables) -> Tree:
-        return select_prefix(v.personal, _OWN)
+        return select_prefix(v.personal, OWN)

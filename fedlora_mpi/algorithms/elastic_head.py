@@ -31,8 +31,10 @@ _MEAN = method_leaf_name("mean")
 
 @dataclass(frozen=True)
 class ElasticHead(Averaging):
-    """``rho``: the part of the way to the mean head that a client's head goes every round."""
+    """The shared leaves "mean.<leaf>" are h, the personal leaves of the head h_i."""
 
+    # [1] part of the way to the mean head that a client's head goes every round; default: our
+    # choice, near FedPer (0), since heads are to stay personal
     rho: float = 0.1
 
     def __post_init__(self) -> None:

@@ -51,10 +51,11 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FD(Algorithm):
-    """``gamma: 0`` is Local. For the leaves see ``components/outputs.py``."""
+    """For the leaves see ``components/outputs.py``."""
 
     weights = "uniform"
-    gamma: float = 1.0
+    gamma: float = 1.0  # [1] weight of the distillation; 0: Local; default: HtFLlib's code
+    # what is averaged by class; default: our choice, since networks scale their logits differently
     outputs: Literal["probabilities", "logits"] = "probabilities"
 
     def __post_init__(self) -> None:

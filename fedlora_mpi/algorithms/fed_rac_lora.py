@@ -52,7 +52,11 @@ class FedRACLoRA(OneFactor):
 
     # not a setting: one factor is zero between rounds, so client and server models are equal
     judged: ClassVar = "client"  # type: ignore[misc]
+    # the factor that is a sketch and held still; both: by turns; default: our choice of the paper's
+    # two sketches, for FFA-LoRA also holds A still
     factor: Literal["A", "B", "both"] = "A"
+    # distribution of a sketch's entries; default: our choice, as A starts in the other LoRA methods
+    # (the paper leaves it open)
     sketch: Literal["uniform", "gaussian"] = "uniform"
 
     @property

@@ -18,15 +18,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..algorithm import Algorithm
 from ..components.server_optimisers import AdaptiveServer
 
 
 @dataclass(frozen=True)
-class FedAdagrad(AdaptiveServer, Algorithm):
-    """Without momentum, as in the paper's experiments."""
+class FedAdagrad(AdaptiveServer):
+    """``AdaptiveServer`` with a sum of squares."""
 
-    beta1: float = 0.0
+    beta1: float = 0.0  # default: the paper's experiments
 
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         return v + square

@@ -19,20 +19,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..algorithm import Algorithm
-from ..components.server_optimisers import AdaptiveServer
-from ..core.bounds import bounded
+from ..components.server_optimisers import DecayingServer
 
 
 @dataclass(frozen=True)
-class FedAdam(AdaptiveServer, Algorithm):
-    """beta1 and beta2 have the values of the paper's experiments."""
-
-    beta2: float = 0.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bounded(self, beta2="[0, 1)")
+class FedAdam(DecayingServer):
+    """``DecayingServer`` with Adam's second moment."""
 
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         return self.beta2 * v + (1 - self.beta2) * square

@@ -40,13 +40,12 @@ _A = method_leaf_name("A")
 
 @dataclass(frozen=True)
 class FedALA(Algorithm):
-    """``A.<leaf>`` and ``own.<leaf>`` are personal. s is in per cent; p counts layers with
-    parameters.
-    """
+    """``A.<leaf>`` and ``own.<leaf>`` are personal."""
 
-    eta: float = 1.0
-    s: float = 80.0
-    p: int = 1
+    eta: float = 1.0  # [1] learning rate of A_i in (5); default: the authors' code
+    s: float = 80.0  # [%] part of the client's data that (5) uses; default: the authors' code
+    p: int = 1  # [layers with parameters] top layers that are mixed; default: the authors' code
+    # [epochs] (5) in round 2, later it has one; default: the least number of the authors' code
     start_epochs: int = 11
 
     def __post_init__(self) -> None:

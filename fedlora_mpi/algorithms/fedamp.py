@@ -40,20 +40,21 @@ _CLOUD = method_leaf_name("cloud")
 
 @dataclass(frozen=True)
 class FedAMP(Algorithm):
-    """``sigma`` has the unit of a squared distance; HeurFedAMP multiplies cosines by it (easyFL:
-    25). ``self_weight`` 0 stands for 1 / (clients of the round). u_i is stored as ``cloud.<leaf>``.
-    """
+    """The personal leaves "cloud.<leaf>" are u_i."""
 
     evaluate_on = "after_training"
-    lam: float = 1.0
-    alpha: float = 1e4
-    decay: float = 0.1
-    decay_every: int = 30  # rounds
+    lam: float = 1.0  # [1] weight of the pull towards u_i; default: Fling's
+    alpha: float = 1e4  # [1] alpha_t in the first rounds; default: Fling's
+    decay: float = 0.1  # [1] factor of alpha_t every decay_every rounds; default: Fling's
+    decay_every: int = 30  # [rounds] time between two decays; default: Fling's
+    # [1] least alpha_t, 0: none; default: our choice, stable at lr 0.1 with momentum 0.9
     alpha_min: float = 0.05
+    # [squared distance] where A' falls to 1/e; HeurFedAMP: factor of cosines; default: Fling's
     sigma: float = 100.0
-    convex: bool = True
-    heuristic: bool = False
-    self_weight: float = 0.0
+    convex: bool = True  # whether xi_ii stays at least 0; default: our choice (Fling: false)
+    heuristic: bool = False  # whether xi_ij is HeurFedAMP's; default: Fling's
+    self_weight: float = 0.0  # [1] HeurFedAMP's xi_ii, 0: 1 / clients; default: easyFL's
+    # where local training starts, at w_i or at u_i; default: Fling's
     start: Literal["own", "cloud"] = "own"
 
     def __post_init__(self) -> None:

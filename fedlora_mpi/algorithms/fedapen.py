@@ -41,14 +41,14 @@ _MIX_W = method_leaf_name("mix", "w")
 
 @dataclass(frozen=True)
 class FedAPEN(Companion):
-    """``equal: true`` keeps w = 0.5 (FedEN). The same samples are held out, or none with
-    ``held_out: 0``.
-    """
+    """The personal leaf "mix.w" is w."""
 
+    # whether w stays 0.5 (FedEN), on the same held-out samples; default: the paper's FedAPEN
     equal: bool = False
+    # [share of a client's samples] held out to train w alone; default: the authors' code
     held_out: float = 0.05
-    w_epochs: int = 10
-    w_lr: float = 1e-3
+    w_epochs: int = 10  # [epochs] training of w each time; default: the authors' code
+    w_lr: float = 1e-3  # [1] eta_w, the learning rate of w; default: the authors' code
 
     def __post_init__(self) -> None:
         bounded(self, held_out="[0, 1)", w_epochs="[0, inf)", w_lr="(0, inf)")

@@ -25,8 +25,9 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FedAvgFT(Averaging):
-    """FedAvg with ``ft_epochs`` of SGD on all leaves before every evaluation."""
+    """FedAvg with SGD on all leaves before every evaluation."""
 
+    # [epochs] fine-tuning before an evaluation; default: our choice, the default train.epochs
     ft_epochs: int = 5
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ class FedAvgLoRA(LowRank, Algorithm):
     """All variables are shared."""
 
     weights = "uniform"
+    # default: the official code of FedLoRA, whose mean has all clients
     absent: Literal["exclude", "stale"] = "stale"
 
     def init(self, model: Model, rng: Generator) -> Variables:

@@ -16,11 +16,11 @@ Deviations: v is as in torch.optim.SGD; FL-bench steps along beta v + Delta (Nes
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-from ..algorithm import Aggregate, Algorithm, Svd, Update
+from ..algorithm import Aggregate, Svd, Update
+from ..components.averaging import Weighting
 from ..components.server_optimisers import init_moments, step_server
 from ..core.bounds import bounded
 from ..core.tree import Tree
@@ -28,14 +28,13 @@ from ..models.network import Model
 
 
 @dataclass(frozen=True)
-class FedAvgM(Algorithm):
+class FedAvgM(Weighting):
     """If Delta stays the same, the step grows to 1 / (1 - beta) times eta Delta. With beta 0.9, eta
     1 is therefore large.
     """
 
-    eta: float = 1.0
-    beta: float = 0.9
-    weights: Literal["samples", "uniform"] = "samples"
+    eta: float = 1.0  # [1] step of the server along v; default: our choice, FedAvg with beta 0
+    beta: float = 0.9  # [1] momentum of the server; default: our choice, the momentum of ``train``
 
     def __post_init__(self) -> None:
         bounded(self, eta="(0, inf)", beta="[0, 1)")

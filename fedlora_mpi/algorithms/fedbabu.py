@@ -25,8 +25,9 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FedBABU(Averaging):
-    """``ft_epochs``: epochs of the head before an evaluation."""
+    """The head is personal: h_0, which is tuned on copies alone."""
 
+    # [epochs] training of the head before an evaluation; default: our choice, as train.epochs
     ft_epochs: int = 5
 
     def __post_init__(self) -> None:

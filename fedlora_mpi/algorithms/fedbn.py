@@ -18,17 +18,17 @@ from typing import Literal
 
 from torch import Generator
 
-from ..algorithm import Algorithm, Variables
+from ..algorithm import Variables
+from ..components.averaging import Averaging
 from ..core.tree import split
 from ..models.network import Model
 
 
 @dataclass(frozen=True)
-class FedBN(Algorithm):
-    """All clients have the same weight by default, as in the paper."""
+class FedBN(Averaging):
+    """FedAvg on all leaves but those of normalisation layers."""
 
-    weights: Literal["samples", "uniform"] = "uniform"
-    absent: Literal["exclude", "stale"] = "exclude"
+    weights: Literal["samples", "uniform"] = "uniform"  # default: the paper, Algorithm 1
 
     def init(self, model: Model, rng: Generator) -> Variables:
         personal, shared = split(model.initial, lambda leaf: model.role(leaf) in ("norm", "stats"))

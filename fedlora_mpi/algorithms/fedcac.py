@@ -32,6 +32,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Upload, Variables, Visit
+from ..components.averaging import Weighting
 from ..components.critical import critical_mask
 from ..components.similarity import squared_distances
 from ..core.batch import cross_entropy
@@ -45,15 +46,14 @@ _CRITICAL = method_leaf_name("critical")
 
 
 @dataclass(frozen=True)
-class FedCAC(Algorithm):
-    """``tau`` is the share of critical entries. ``beta`` is the number of rounds in which the
-    threshold rises (the authors' values for CIFAR-100: 0.4, 170). ``own.<leaf>`` is the mix over
-    C_i, ``critical.<leaf>`` is m_i.
-    """
+class FedCAC(Weighting):
+    """``own.<leaf>`` is the mix over C_i, ``critical.<leaf>`` is m_i."""
 
-    weights: Literal["samples", "uniform"] = "samples"
+    # [share of a tensor] critical entries; default: Fling's for CIFAR-10 (CIFAR-100: 0.4)
     tau: float = 0.5
+    # [rounds] time in which the threshold rises; default: Fling's for CIFAR-10 (CIFAR-100: 170)
     beta: float = 100
+    # running statistics stay on the client or are averaged; default: the official code (Fling)
     bn_stats: Literal["local", "mean"] = "local"
 
     def __post_init__(self) -> None:

@@ -51,10 +51,11 @@ class FedHL(RedistributedTuning):
     from 0 to R.
     """
 
+    # what p_k follows; default: eq. (15)
     weight_mode: Literal["paper", "uniform", "samples", "both"] = "paper"
-    eps: float = 1e-6
-    eps_relative: float = 0.0
-    per_layer: bool = False
+    eps: float = 1e-6  # [t_k^2] added to t_k^2; default: FedHera's baseline
+    eps_relative: float = 0.0  # [||W||_F^4] added to eps; default: FedHera's baseline
+    per_layer: bool = False  # whether each layer has its own p_k; default: FedHera's baseline
 
     def __post_init__(self) -> None:
         super().__post_init__()

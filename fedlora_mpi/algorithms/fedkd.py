@@ -44,8 +44,9 @@ _W_H = method_leaf_name("hidden", "W_h")
 
 @dataclass(frozen=True)
 class FedKD(SvdExchange, Companion):
-    """With ``detached``, teachers and D are constants in the losses."""
+    """The personal leaf "hidden.W_h" is W_h."""
 
+    # whether teachers and D are constants in the losses; default: the authors' code
     detached: bool = False
 
     def check(self, model: Model, train: LocalTraining) -> None:

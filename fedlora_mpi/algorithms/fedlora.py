@@ -32,12 +32,12 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FedLoRA(LowRank, Algorithm):
-    """``absent: stale`` follows the official code: a client outside the cohort counts in the mean
-    with the last sigma.
-    """
+    """sigma is shared, the factors of tau are personal."""
 
     weights = "uniform"
+    # running statistics belong to sigma, or stay on the client; default: the official code
     bn_stats: Literal["shared", "local"] = "shared"
+    # default: the official code, whose mean has all clients
     absent: Literal["exclude", "stale"] = "stale"
 
     def init(self, model: Model, rng: Generator) -> Variables:

@@ -56,9 +56,9 @@ class FedPAC(Algorithm):
     """The ``head_epochs`` come first; all of ``train.epochs`` then train the body."""
 
     evaluate_on = "after_training"
-    lam: float = 1.0
-    head_epochs: int = 1
-    head_lr: float = 0.1
+    lam: float = 1.0  # [1] weight of the feature term; default: the authors' code
+    head_epochs: int = 1  # [epochs] training of the head; default: the authors' code
+    head_lr: float = 0.1  # [1] learning rate of the head; default: the authors' code
 
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)", head_epochs="[0, inf)", head_lr="(0, inf)")

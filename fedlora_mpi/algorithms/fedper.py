@@ -27,11 +27,10 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FedPer(Averaging):
-    """``personal`` names the leaves that stay on the client: ``head`` or patterns of leaf names,
-    such as ``fc.*``. If all leaves are personal (``*``), the method is Local; if none is, it is
-    FedAvg.
-    """
+    """If all leaves are personal, the method is Local; if none is, it is FedAvg."""
 
+    # the leaves that stay on the client: ``head`` or patterns of leaf names, like ``fc.*``;
+    # default: Fling's and PFLlib's (the paper tunes the number of layers)
     personal: tuple[str, ...] = ("head",)
 
     def check(self, model: Model, train: LocalTraining) -> None:

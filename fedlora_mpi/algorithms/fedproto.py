@@ -30,7 +30,6 @@ from typing import Literal
 from torch import Generator, Tensor
 
 from ..algorithm import (
-    Algorithm,
     Batch,
     LocalTraining,
     Phase,
@@ -40,6 +39,7 @@ from ..algorithm import (
     Variables,
     Visit,
 )
+from ..components.averaging import Averaging
 from ..components.prototypes import (
     MEANS,
     SHARES,
@@ -59,14 +59,14 @@ _OWN_CLASSES = method_leaf_name("own", "classes")
 
 
 @dataclass(frozen=True)
-class FedProto(Algorithm):
+class FedProto(Averaging):
     """P is ``class.means / class.shares``; ``own.classes`` is 1 where a client holds the class."""
 
-    lam: float = 1.0
+    lam: float = 1.0  # [1] weight of the prototype term; default: the authors' code
+    # what predicts; default: our choice of the authors' two ways, as other methods
     inference: Literal["classifier", "prototypes"] = "classifier"
-    among: Literal["own", "known"] = "own"
-    weights: Literal["uniform", "samples"] = "uniform"
-    absent: Literal["exclude", "stale"] = "exclude"
+    among: Literal["own", "known"] = "own"  # candidates of prototypes; default: the authors' code
+    weights: Literal["samples", "uniform"] = "uniform"  # default: the authors' code
 
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)")

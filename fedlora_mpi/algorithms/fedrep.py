@@ -29,8 +29,10 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FedRep(Averaging):
-    """Of ``train.epochs``, the first ``head_epochs`` train the head and the others the body."""
+    """The head is personal, the body shared."""
 
+    # [epochs] training of the head, before the other ``train.epochs`` train the body; default: our
+    # choice, mostly the head as in the authors' scripts (10 and 1)
     head_epochs: int = 4
 
     def __post_init__(self) -> None:

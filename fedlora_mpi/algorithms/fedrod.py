@@ -37,12 +37,14 @@ _OWN = method_leaf_name("own")
 
 @dataclass(frozen=True)
 class FedRoD(Averaging):
-    """``head: copy`` initialises phi_i with psi, so p is 2 g at first. ``head: zero`` starts with p
-    = g.
-    """
+    """The personal leaves "own.<leaf>" are phi_i."""
 
+    # [1] weight of log n_i in the generic loss; 0: FedAvg; default: the balanced softmax
     gamma: float = 1.0
+    # phi_i before round 1: a copy of psi, so p is 2 g at first, or zero, so p = g; default:
+    # PFLlib's and fluke's (the authors published no code)
     head: Literal["copy", "zero"] = "copy"
+    # whether the loss of phi_i trains theta too; default: PFLlib's and fluke's (Fling: true)
     personal_trains_body: bool = False
 
     def __post_init__(self) -> None:

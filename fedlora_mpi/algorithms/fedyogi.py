@@ -15,20 +15,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..algorithm import Algorithm
-from ..components.server_optimisers import AdaptiveServer
-from ..core.bounds import bounded
+from ..components.server_optimisers import DecayingServer
 
 
 @dataclass(frozen=True)
-class FedYogi(AdaptiveServer, Algorithm):
-    """The defaults of beta1 and beta2 are those of the paper's experiments."""
-
-    beta2: float = 0.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bounded(self, beta2="[0, 1)")
+class FedYogi(DecayingServer):
+    """``DecayingServer`` with Yogi's second moment."""
 
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         return v - (1 - self.beta2) * square * (v - square).sign()

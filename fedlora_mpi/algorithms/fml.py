@@ -33,9 +33,11 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class FML(Companion):
-    """With ``alpha: 1``, F trains as in Local; with ``beta: 1``, g trains as in FedAvg."""
+    """Both losses have the form of ``student_loss``."""
 
+    # [1] share of CE in the loss of F; 1: F trains as in Local; default: the authors' code
     alpha: float = 0.5
+    # [1] share of CE in the loss of g; 1: g trains as in FedAvg; default: the authors' code
     beta: float = 0.5
 
     def __post_init__(self) -> None:

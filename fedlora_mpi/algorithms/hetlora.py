@@ -45,9 +45,9 @@ class HetLoRA(FineTuning):
     layer. Components beyond r_k are zero in both factors, so their gradient is zero.
     """
 
-    gamma: float = 0.99
-    lam: float = 0.01
-    lora_rank_min: int = 1
+    gamma: float = 0.99  # [share of a rank] what a pruning leaves; default: third-party code
+    lam: float = 0.01  # [1] weight of the penalty T; default: third-party code
+    lora_rank_min: int = 1  # [components] r_min, the least rank; default: third-party code
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,10 +39,10 @@ _OWN = method_leaf_name("own")
 
 @dataclass(frozen=True)
 class MOON(Averaging):
-    """``mu`` is the weight of the contrastive loss, ``tau`` its temperature."""
+    """The personal leaves "own.<leaf>" are the previous model without its head."""
 
-    mu: float = 5.0
-    tau: float = 0.5
+    mu: float = 5.0  # [1] weight of l_con; 0: FedAvg; default: the authors' value for CIFAR-10
+    tau: float = 0.5  # [1] temperature of l_con; default: the authors' code
 
     def __post_init__(self) -> None:
         bounded(self, mu="[0, inf)", tau="(0, inf)")

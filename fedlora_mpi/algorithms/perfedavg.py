@@ -38,9 +38,12 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class PerFedAvg(Averaging):
-    """``variant: fo`` omits H_i (first order); ``hf`` keeps it, at about twice the cost."""
+    """FedAvg with another loss, and a step before an evaluation."""
 
+    # [1] learning rate of the client's one step; default: the paper's, by others' account
     alpha: float = 0.01
+    # fo leaves H_i out (first order), hf has it, at about twice the cost; default: our choice, the
+    # cheaper of the paper's two
     variant: Literal["fo", "hf"] = "fo"
 
     def __post_init__(self) -> None:

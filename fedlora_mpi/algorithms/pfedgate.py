@@ -34,7 +34,8 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables, Visit
+from ..algorithm import Batch, LocalTraining, Phase, Step, Variables, Visit
+from ..components.averaging import Averaging
 from ..components.gating import (
     STATS_PREFIX,
     count_runs,
@@ -54,15 +55,15 @@ _M = STATS_PREFIX + "M"
 
 
 @dataclass(frozen=True)
-class PFedGate(Algorithm):
-    """``absent: stale`` follows the official code. ``sparsity`` is s, the share of weights kept."""
+class PFedGate(Averaging):
+    """The gate, its statistics and M are personal."""
 
     evaluate_on = "after_training"
-    weights: Literal["samples", "uniform"] = "samples"
-    absent: Literal["exclude", "stale"] = "stale"
-    sparsity: float = 1.0
-    gate_lr: float = 0.1
-    blocks: int = 5
+    absent: Literal["exclude", "stale"] = "stale"  # default: the official code
+    sparsity: float = 1.0  # [share of the weights] weights kept, s; default: our choice, all
+    gate_lr: float = 0.1  # [1] learning rate of phi_i; default: our choice, the default train.lr
+    blocks: int = 5  # [runs] most runs of a parameter tensor; default: the official code
+    # whether runs that stay are multiplied by 1 + p - sg(p); default: the official code
     straight_through: bool = True
 
     def __post_init__(self) -> None:

@@ -20,9 +20,9 @@ BatchNorm: all of it is the client's own. Statistics move only with F(x; w_k), i
 Bytes per client and round: the adapter up and down, 4 r (d + classes) beside a head [classes, d].
 Deviations: only the paper's abstract and summaries of the paper were available, not
 its full text. UNVERIFIED, and therefore options: which loss mu weighs (``mu_on``), the schedule of
-mu, adapter_epochs, the model for inference, the place of the adapter. The released code of later
-papers by the authors (pFedES) has mu 0.5 on the combined loss, adapter_epochs = epochs + 10,
-inference by the model, n_k with validation and test samples, and one momentum for all.
+mu, adapter_epochs, the model for inference, the place of the adapter. Defaults follow the code of
+a later paper by the authors, pFedES. n_k counts training samples; that code also counts validation
+and test samples, and it keeps one optimiser's momentum for all clients and rounds.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,9 @@ from typing import Literal
 
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables
-from ..components.adapter import Adapter, AdapterPlace
+from ..algorithm import Batch, LocalTraining, Phase, Step, Variables
+from ..components.adapter import AdapterSettings
+from ..components.averaging import Absence
 from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -42,30 +43,27 @@ _ADAPTER = method_leaf_name("adapter", ".")  # its factors are A and B
 
 
 @dataclass(frozen=True)
-class PFedLoRA(Algorithm):
-    """``mu_schedule: linear`` raises mu from 0 by 1 / ``mu_rounds`` per round, up to ``mu``."""
+class PFedLoRA(AdapterSettings, Absence):
+    """The shared leaves "adapter.A" and "adapter.B" are theta."""
 
     evaluate_on = "after_training"
-    mu: float = 0.5
+    mu: float = 0.5  # [1] weight of one of the model's two losses; default: pFedES's code
+    # the loss that mu weighs, that with the adapter or that without; default: pFedES's code
     mu_on: Literal["combined", "model"] = "combined"
+    # linear: mu rises from 0 by 1 / mu_rounds per round, up to mu; default: pFedES's code
     mu_schedule: Literal["constant", "linear"] = "constant"
+    # [rounds] time in which mu would rise to 1 (linear); default: all rounds of pFedES's code
     mu_rounds: int = 500
+    # [epochs] training of theta_k; default: our choice, for speed (pFedES's code: epochs + 10)
     adapter_epochs: int = 1
+    # what predicts, F alone or F + theta_k; default: pFedES's code
     inference: Literal["model", "combined"] = "model"
-    adapter: AdapterPlace = "matrix"
-    lora_rank: int = 8
-    scale: float = 1.0
-    absent: Literal["exclude", "stale"] = "exclude"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         bounded(self, mu="[0, 1]", mu_rounds="[1, inf)", adapter_epochs="[0, inf)")
-        Adapter(self.adapter, self.lora_rank, self.scale)
         if self.adapter == "alone" and self.mu > 0.5:
             raise ValueError(f"mu = {self.mu}: must be at most 0.5 with adapter = alone")
-
-    @property
-    def adapter_spec(self) -> Adapter:
-        return Adapter(self.adapter, self.lora_rank, self.scale)
 
     def check(self, model: Model, train: LocalTraining) -> None:
         self.adapter_spec.weight_name(model)

@@ -44,10 +44,10 @@ class PFedMe(Averaging):
     """
 
     evaluate_on = "after_training"
-    lam: float = 15.0
-    inner_steps: int = 5
-    inner_lr: float = 0.09
-    beta: float = 1.0
+    lam: float = 15.0  # [1] weight of the pull of theta_i; default: the authors' for MNIST
+    inner_steps: int = 5  # [steps] steps of theta_i per batch, K; default: the authors' for MNIST
+    inner_lr: float = 0.09  # [1] eta_p, lr of theta_i; default: the authors' for MNIST
+    beta: float = 1.0  # [1] step of x to the mean; default: the authors' for MNIST
 
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)", inner_steps="[1, inf)", inner_lr="(0, inf)", beta="[0, inf)")

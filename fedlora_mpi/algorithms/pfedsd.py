@@ -25,7 +25,8 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Step, Variables, Visit
+from ..algorithm import Batch, LocalTraining, Phase, Step, Variables, Visit
+from ..components.averaging import Averaging
 from ..core.batch import cross_entropy, kl_divergence, mean
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
@@ -36,15 +37,16 @@ _OWN, _HAS_TEACHER = method_leaf_name("own"), method_leaf_name("taught")
 
 
 @dataclass(frozen=True)
-class PFedSD(Algorithm):
-    """``weights: uniform`` follows the authors' code."""
+class PFedSD(Averaging):
+    """The personal leaves "own.<leaf>" are v_i; "taught" is 0 before there is one."""
 
     evaluate_on = "after_training"
+    # [1] weight of the distillation; 0: FedAvg; default: Fling's (the authors' code: 1)
     lam: float = 0.5
-    temperature: float = 3.0
+    temperature: float = 3.0  # [1] T of the distillation; default: Fling's (the authors' code: 1)
+    # what the teacher normalises by, the batch or running statistics; default: the authors' code
     teacher_bn: Literal["batch", "running"] = "batch"
-    weights: Literal["samples", "uniform"] = "uniform"
-    absent: Literal["exclude", "stale"] = "exclude"
+    weights: Literal["samples", "uniform"] = "uniform"  # default: the authors' code
 
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)", temperature="(0, inf)")

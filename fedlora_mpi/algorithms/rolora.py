@@ -27,6 +27,7 @@ from ..components.lora.one_factor import OneFactor
 class RoLoRA(OneFactor):
     """The mean covers both factors; the server drops the mean of the factor that did not train."""
 
+    # the factor that trains: B and A by turns, or B alone, as in FFA-LoRA; default: the paper's
     schedule: Literal["alternate", "B"] = "alternate"
 
     @property

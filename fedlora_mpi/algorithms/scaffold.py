@@ -50,7 +50,7 @@ class Scaffold(Algorithm):
     """The leaves "c.<parameter>" are c, "c_i.<parameter>" are c_i; both start at zero."""
 
     weights = "uniform"
-    server_lr: float = 1.0
+    server_lr: float = 1.0  # [1] eta_g, 1: x is the mean; default: our choice, as in FedAvg
 
     def __post_init__(self) -> None:
         bounded(self, server_lr="(0, inf)")

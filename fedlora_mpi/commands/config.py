@@ -13,6 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``config``."""
     add_config_argument(parser)
     add_override_arguments(parser)
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="also say of each setting of the method what it means, its unit and range, and where "
+        "its default comes from",
+    )
 
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
@@ -22,7 +28,7 @@ def execute(args: argparse.Namespace, comm: "Comm") -> int:
     from ..mpi.ending import collectively
 
     def annotate() -> str:
-        text = annotated_yaml(args.config, args.overrides)
+        text = annotated_yaml(args.config, args.overrides, args.explain)
         tell_resets(read(args.config, args.overrides))
         return text
 

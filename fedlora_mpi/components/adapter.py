@@ -32,12 +32,9 @@ AdapterPlace = Literal["matrix", "conv", "side", "alone"]
 class Adapter:
     """The place of an adapter, its rank r (``lora_rank``) and its scale s."""
 
-    place: AdapterPlace = "matrix"
-    lora_rank: int = 8
+    place: AdapterPlace
+    lora_rank: int
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        bounded(self, lora_rank="[1, inf)", scale="(0, inf)")
 
     def weight_name(self, model: Model) -> str:
         """Return the weight that the adapter is beside.
@@ -106,3 +103,25 @@ class Adapter:
         return model.classify(
             tree, z + self.scale * (x.flatten(1).to(z.dtype) @ adapter["A"].T) @ adapter["B"].T
         )
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What a config says about the adapter of a method."""
+
+    # where the adapter is: beside the head (matrix), beside the first convolution (conv), from the
+    # input to the features (side), or in the place of the head (alone); default: our choice, since
+    # those of the paper are beside fully connected layers
+    adapter: AdapterPlace = "matrix"
+    # [components] rank r; default: our choice, since beside a head with 500 features and 10
+    # classes only a rank below 10 saves numbers
+    lora_rank: int = 8
+    scale: float = 1.0  # [1] s before B A; default: our choice, since the paper's is not known
+
+    def __post_init__(self) -> None:
+        bounded(self, lora_rank="[1, inf)", scale="(0, inf)")
+
+    @property
+    def adapter_spec(self) -> Adapter:
+        """The adapter of these settings."""
+        return Adapter(self.adapter, self.lora_rank, self.scale)

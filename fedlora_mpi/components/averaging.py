@@ -1,4 +1,4 @@
-"""FedAvg's mean with its two settings."""
+"""How clients count in the mean, for methods whose config chooses it; see ``Algorithm``."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,10 +7,19 @@ from ..algorithm import Algorithm
 
 
 @dataclass(frozen=True, kw_only=True)
-class Averaging(Algorithm):
-    """A method whose config chooses how clients, present and absent, count in the mean; see
-    ``Algorithm``.
-    """
+class Weighting(Algorithm):
+    """A method whose config chooses the weights of the mean."""
 
     weights: Literal["samples", "uniform"] = "samples"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absence(Algorithm):
+    """A method whose config chooses how absent clients count in the mean."""
+
     absent: Literal["exclude", "stale"] = "exclude"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaging(Absence, Weighting):
+    """A method whose config chooses both."""

@@ -9,27 +9,28 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..algorithm import Algorithm, LocalTraining, Variables
+from ..algorithm import LocalTraining, Variables
 from ..core.batch import Batch
 from ..core.names import method_leaf_name
 from ..core.tree import Tree, add_prefix, select_prefix
 from ..models.network import Model
 from ..models.zoo import build
+from .averaging import Averaging
 
 SMALL_PREFIX = method_leaf_name("small")
 
 
 @dataclass(frozen=True)
-class Companion(Algorithm):
+class Companion(Averaging):
     """A shared network g beside a personal network F, which is the client's own model.
 
-    The leaves of g are shared as "small.<leaf>"; those of F are personal. ``small`` is the name of
-    g, any that a config's ``model.name`` may be. Clients count equally, as in the authors' codes.
+    The leaves of g are shared as "small.<leaf>"; those of F are personal.
     """
 
+    # the small network g, any ``model.name``; default: our choice, the smallest of pFedLoRA's five
+    # networks, as its authors compare with these methods
     small: str = "cnn5"
-    weights: Literal["samples", "uniform"] = "uniform"
-    absent: Literal["exclude", "stale"] = "exclude"
+    weights: Literal["samples", "uniform"] = "uniform"  # default: the authors' codes
 
     def check(self, model: Model, train: LocalTraining) -> None:
         try:

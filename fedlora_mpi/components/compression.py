@@ -37,8 +37,12 @@ class SvdExchange(Algorithm):
     numbers its last message had; before round 1 all of g comes down.
     """
 
+    # [share of the sum of squares] what C keeps before round 1, T_start; default: the authors' code
     energy_start: float = 0.95
+    # [share of the sum of squares] what C keeps at last, T_end; default: the authors' code
     energy_end: float = 0.98
+    # [rounds] time until T_end, T; default: our choice, all rounds of pFedLoRA's authors, who
+    # compare with FedKD (FedKD's code: all rounds)
     energy_rounds: int = 500
 
     def __post_init__(self) -> None:

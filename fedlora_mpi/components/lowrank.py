@@ -66,21 +66,32 @@ class LowRank:
     A ~ U(-1, 1) / sqrt(in side) (Kaiming with a = sqrt 5, as in the official code; the paper says
     Gaussian and gives no variance). B = 0, so that tau starts at zero.
 
-    With ``order: alternating`` tau trains first, for ``lora_epochs`` of the ``train.epochs``, and
-    then sigma for the others. With ``order: simultaneous`` both train in all epochs.
+    With ``order: alternating`` tau trains first, and then sigma.
     """
 
+    # [share of min(I, O) K] rank of tau in a convolution [O, I, K, K]; with ``rank_rule: official``
+    # the rank is int(conv_rank O) K; default: the paper's best for CIFAR-10, Table 2
     conv_rank: float = 0.6
+    # [share of min(I, O)] rank of tau in a Linear [O, I], at most 1; with ``rank_rule: official``
+    # the rank itself, an integer; default: the paper's best for CIFAR-10, Table 2
     linear_rank: float | int = 0.6
+    # whose formula gives the ranks; default: the paper, eqs. (3)-(5)
     rank_rule: Literal["paper", "official"] = "paper"
+    # s: 1, or in the official code 1 / int(conv_rank O) and 1 / linear_rank; default: the paper,
+    # which has no scale
     scale: Literal["one", "official"] = "one"
-    layers: tuple[str, ...] = ("*",)  # patterns of the names of decomposed weights
+    # patterns of the names of decomposed weights; default: the paper, each layer
+    layers: tuple[str, ...] = ("*",)
+    # [epochs] training of tau, before the other ``train.epochs`` train sigma; default: the official
+    # code (the paper's Fig. 4 has 0 to 5)
     lora_epochs: int = 2
+    # whether tau and sigma train one after the other or, in all epochs, together; default: the
+    # paper's Algorithm 1, better in Table 3
     order: Literal["alternating", "simultaneous"] = "alternating"
 
     def __post_init__(self) -> None:
-        bounded(self, lora_epochs="[0, inf)", conv_rank="(0, 1]")
-        if self.rank_rule == "paper" and not 0 < self.linear_rank <= 1:
+        bounded(self, lora_epochs="[0, inf)", conv_rank="(0, 1]", linear_rank="(0, inf)")
+        if self.rank_rule == "paper" and self.linear_rank > 1:
             raise ValueError(
                 f"linear_rank = {self.linear_rank}: must be a ratio above 0 and at most 1 under "
                 "rank_rule paper (an absolute rank needs rank_rule official)"

@@ -7,7 +7,6 @@ Algorithm 1 (FedOpt). A running statistic has no moments; the server takes its m
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from ..algorithm import Aggregate, Svd, Update
 from ..core.bounds import bounded
 from ..core.tree import Tree
 from ..models.network import Model
+from .averaging import Weighting
 
 
 def init_moments(model: Model, shared: Tree, **initial_values: float) -> Tree:
@@ -50,21 +50,22 @@ def step_server(
 
 
 @dataclass(frozen=True)
-class AdaptiveServer:
+class AdaptiveServer(Weighting):
     """The adaptive server of Algorithm 2, with Delta = sum_k p_k (x_k - x):
 
         m <- beta1 m + (1 - beta1) Delta        m = 0 before round 1
         v <- second(v, Delta^2)                 v = tau^2
         x <- x + eta m / (sqrt(v) + tau)
 
-    p_k is n_k / n, or equal for all clients (``weights: uniform``), as Algorithm 2 is written. eta
-    must be tuned; 0.01 is near the authors' best value where their best tau is 0.001.
+    p_k is n_k / n, or equal for all clients (``weights: uniform``), as Algorithm 2 is written.
     """
 
+    # [1] step of the server, to be tuned for each task; default: near the authors' best where their
+    # best tau is 0.001
     eta: float = 0.01
-    beta1: float = 0.9
+    beta1: float = 0.9  # [1] share of m that stays every round; default: the paper's experiments
+    # [change of a weight] size below which steps shrink; default: the authors' best in some tasks
     tau: float = 1e-3
-    weights: Literal["samples", "uniform"] = "samples"
 
     def __post_init__(self) -> None:
         bounded(self, eta="(0, inf)", beta1="[0, 1)", tau="(0, inf)")
@@ -83,3 +84,14 @@ class AdaptiveServer:
             return self.eta * m / (v.sqrt() + self.tau), {"m": m, "v": v}
 
         return step_server(server, shared, aggregate.mean, step)
+
+
+@dataclass(frozen=True)
+class DecayingServer(AdaptiveServer):
+    """An adaptive server whose v forgets old rounds."""
+
+    beta2: float = 0.99  # [1] share of v that stays every round; default: the paper's experiments
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bounded(self, beta2="[0, 1)")

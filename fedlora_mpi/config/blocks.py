@@ -294,7 +294,7 @@ def split_choice(
     if isinstance(value, Mapping):
         key, options = dotted_key(key, selector), {k: v for k, v in value.items() if k != selector}
         value = value.get(selector, MISSING)
-    allowed = _join_alternatives([*names, external_form] if external_form else [*names])
+    allowed = join_alternatives([*names, external_form] if external_form else [*names])
     if value is MISSING:
         raise origin.error(key, f"must be given: {allowed}")
     if not isinstance(value, str):
@@ -321,9 +321,7 @@ def check_type(annotation: Any, value: Any, key: str, origin: Origin) -> Any:
     hint = (
         suggest(value, [w for w in words if isinstance(w, str)]) if isinstance(value, str) else ""
     )
-    raise origin.error(
-        key, f"must be {_join_alternatives(_allowed_texts(annotation))}{hint}", value
-    )
+    raise origin.error(key, f"must be {join_alternatives(allowed_texts(annotation))}{hint}", value)
 
 
 def to_plain(value: Any) -> Any:
@@ -389,16 +387,16 @@ def _is_plain(value: Any) -> bool:
     return type(value) in (NoneType, bool, int, str) or _convert(value, float) is not MISSING
 
 
-def _allowed_texts(annotation: Any) -> list[str]:
+def allowed_texts(annotation: Any) -> list[str]:
     """The values that a field of type ``annotation`` takes, in words."""
     type_origin, args = get_origin(annotation), get_args(annotation)
     if type_origin in (Union, UnionType):
-        words = [word for member in args for word in _allowed_texts(member)]
+        words = [word for member in args for word in allowed_texts(member)]
         return [w for w in dict.fromkeys(words) if w != "an integer" or "a number" not in words]
     if type_origin is Literal:
         return [format_value(a) for a in args]
     if type_origin is tuple:
-        return [f"a list, each item {_join_alternatives(_allowed_texts(args[0]))}"]
+        return [f"a list, each item {join_alternatives(allowed_texts(args[0]))}"]
     if is_dataclass(annotation):
         return [f"a block with {', '.join(f.name for f in fields(annotation))}"]
     simple = {
@@ -411,7 +409,7 @@ def _allowed_texts(annotation: Any) -> list[str]:
     return ["true", "false"] if annotation is bool else [simple.get(annotation, str(annotation))]
 
 
-def _join_alternatives(words: list[str]) -> str:
+def join_alternatives(words: list[str]) -> str:
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 

@@ -30,6 +30,7 @@ from ..store.files import text_checksum
 from . import blocks
 from .blocks import ConfigError, Field, Origin, reset_lines
 from .experiment import Config, DataBlock, Faults, Log, ModelBlock, Network
+from .method_settings import method_settings
 
 FREE_ON_RESUME = (
     "rounds",
@@ -110,9 +111,11 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, Origin]:
     return config, origin
 
 
-def annotated_yaml(path: str | Path, overrides: Sequence[str] = ()) -> str:
+def annotated_yaml(path: str | Path, overrides: Sequence[str] = (), explain: bool = False) -> str:
     """``resolved_yaml`` of ``read(path, overrides)`` with the origin of each key as a comment:
     ``default``, ``FILE:LINE`` or ``command line``. Raises ConfigError.
+
+    explain: whether comments above the settings of the method say what they mean.
     """
     config, origin = _read(Path(path), overrides)
     sources = origin.source_of_key
@@ -123,8 +126,12 @@ def annotated_yaml(path: str | Path, overrides: Sequence[str] = ()) -> str:
     text = resolved_yaml(config)
     key_of_line = {line: key for key, line in _key_lines(text).items()}
     settings, annotated = flatten(config), []
+    method = method_settings(type(config.algorithm)) if explain else []
+    explained = {f"algorithm.{setting.name}": setting for setting in method if setting.meaning}
     for number, line in enumerate(text.splitlines(), 1):
         key = key_of_line.get(number)
+        if key in explained:
+            annotated += [f"  # {words}" for words in explained[key].explanation_lines()]
         if key in settings:
             line = f"{line:<48}  # {_place(key, sources, lines)}"
         annotated.append(line)

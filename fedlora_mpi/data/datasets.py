@@ -89,8 +89,8 @@ class Synthetic:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        bounded(self, **dict.fromkeys(("classes", "train", "test", "size", "channels"), "[1, inf)"))
-        bounded(self, noise="[0, inf)")
+        bounded(self, classes="[1, inf)", train="[1, inf)", test="[1, inf)")
+        bounded(self, size="[1, inf)", channels="[1, inf)", noise="[0, inf)")
 
 
 Transform = Literal["crop", "crop_mean", "flip", "rotate", "erase"]

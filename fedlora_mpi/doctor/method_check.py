@@ -50,7 +50,7 @@ checkpoint: {every: 1, keep: 2}
 
 
 def small_network(classes: int, shape: tuple[int, ...]) -> nn.Module:
-    """A convolution, BatchNorm, a hidden layer and a head: leaves of every role."""
+    """A convolution, BatchNorm and a head: the smallest network that has leaves of every role."""
     channels, height, width = shape
     return nn.Sequential(
         OrderedDict(
@@ -58,9 +58,7 @@ def small_network(classes: int, shape: tuple[int, ...]) -> nn.Module:
             norm=nn.BatchNorm2d(4),
             relu=nn.ReLU(),
             flat=nn.Flatten(),
-            hidden=nn.Linear(4 * -(-height // 2) * -(-width // 2), 8),
-            relu2=nn.ReLU(),
-            head=nn.Linear(8, classes),
+            head=nn.Linear(4 * -(-height // 2) * -(-width // 2), classes),
         )
     )
 

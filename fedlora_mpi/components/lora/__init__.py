@@ -57,20 +57,6 @@ Adapter = tuple[dict[str, tuple[Tensor, Tensor, float]], Tree]  # see ``FineTuni
 class FineTuning(Algorithm):
     """The common settings, and FedIT: the server averages the factors, padded with zeros to rank R.
 
-    Ranks: client k has ``lora_ranks[k mod n]``, where n is the length of ``lora_ranks``. With
-    ``rank_shares`` the first fraction rank_shares[0] of the clients has the first rank, the next
-    fraction rank_shares[1] has the second, and so on. With ``capacities`` client k has the fraction
-    capacities[k mod n] / max(capacities) of the single rank given, rounded down, but at least 1.
-
-    ``scale``: s = alpha / R (common) or alpha / sqrt(R) (root; Kalajdzievski 2023, rsLoRA). s is
-    the same for all clients; otherwise the mean of the factors would have no meaning.
-
-    ``full``: roles of leaves that are trained in full, without factors. Without "norm" BatchNorm
-    normalises by its stored statistics and does not update them. ``layers``: patterns of the names
-    of decomposed weights; weights of the roles in ``full`` are never decomposed.
-
-    ``judged``: which model is evaluated on a client's test data, the client's own or the server's.
-
     ``diagnose`` adds four numbers to the log, each over all decomposed weights. D is the server's
     update (low-rank and dense), D_k the update that client k received, D'_k the update after its
     training, and D' the server's next update.
@@ -84,37 +70,52 @@ class FineTuning(Algorithm):
     It costs two dense matrices per decomposed weight in the message.
     """
 
+    # [components] ranks of the clients; client k has the entry k mod n of a list of n; default: our
+    # choice, one rank for all (it is also that of FFA-LoRA's experiments)
     lora_ranks: tuple[int, ...] = (8,)
+    # [share of the clients] the first share of the clients has the first of lora_ranks, the next
+    # share the second, and so on; []: ranks by turns; default: our choice, as one rank needs none
     rank_shares: tuple[float, ...] = ()
+    # [capacity in any unit] client k has the share capacities[k mod n] / max(capacities) of the
+    # single rank in lora_ranks, rounded down, but at least 1; []: all of it; default: our choice,
+    # as one rank needs none
     capacities: tuple[float, ...] = ()
+    # [1] numerator of s; default: our choice, twice the rank as in FLoRA's code
     alpha: float = 16.0
+    # s is alpha / R (common) or alpha / sqrt(R) (root; Kalajdzievski 2023, rsLoRA), the same for
+    # all clients, or the mean of the factors would have no meaning; default: LoRA
     scale: Literal["common", "root"] = "common"
+    # patterns of the names of decomposed weights; those of the roles in ``full`` never are;
+    # default: our choice, for networks that are no language models
     layers: tuple[str, ...] = ("*",)
+    # roles of leaves that are trained in full, without factors; without norm BatchNorm normalises
+    # by its stored statistics and does not update them; default: FedEx-LoRA's code
     full: tuple[Role, ...] = ("head",)
+    # whose model is evaluated on a client's test data; default: our choice, as other methods
     judged: Literal["client", "server"] = "client"
+    # whether the log has four more numbers, at the cost of two dense matrices of each decomposed
+    # weight in a message; default: our choice, for the cost
     diagnose: bool = False
 
     def __post_init__(self) -> None:
-        bounded(self, alpha="(0, inf)")
-        if not self.lora_ranks or min(self.lora_ranks) < 1:
-            raise ValueError(
-                f"lora_ranks = {list(self.lora_ranks)}: must be integers of at least 1"
-            )
+        bounded(self, alpha="(0, inf)", lora_ranks="[1, inf)")
+        bounded(self, rank_shares="(0, 1]", capacities="(0, inf)")
+        if not self.lora_ranks:
+            raise ValueError("lora_ranks = []: must be integers of at least 1")
         if self.rank_shares and self.capacities:
             raise ValueError(
                 f"capacities = {list(self.capacities)}: give either rank_shares or capacities"
             )
         shares = self.rank_shares
-        if shares and (
-            len(shares) != len(self.lora_ranks) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6
-        ):
+        if shares and (len(shares) != len(self.lora_ranks) or abs(sum(shares) - 1) > 1e-6):
             raise ValueError(
                 f"rank_shares = {list(shares)}: must be a share above 0 for each of lora_ranks, "
                 "together 1"
             )
-        if self.capacities and (len(self.lora_ranks) > 1 or min(self.capacities) <= 0):
+        if self.capacities and len(self.lora_ranks) > 1:
             raise ValueError(
-                f"capacities = {list(self.capacities)}: must be above 0, and lora_ranks one number"
+                f"capacities = {list(self.capacities)}: need one number in lora_ranks, the rank of "
+                "the largest capacity"
             )
 
     @property

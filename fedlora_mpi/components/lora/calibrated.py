@@ -25,12 +25,11 @@ class CalibratedTuning(FineTuning):
     updates. The last form has k terms of rank r. Their left factors p_k (B_k - B) sum to zero, so R
     of k clients has rank at most (k - 1) r.
 
-    ``downlink``: R travels as a matrix (dense), or as k - 1 pairs of factors (factored). The choice
-    only changes how many received numbers a round counts.
-
     Shared leaves: "<weight>.W". The server remembers "last.clients" [], how many took part.
     """
 
+    # how R counts in ``bytes_down``: as a matrix (dense), or as k - 1 pairs of factors (factored);
+    # default: FedEx-LoRA's authors' code
     downlink: Literal["dense", "factored"] = "dense"
 
     def init(self, model: Model, rng: Generator) -> Variables:

@@ -20,16 +20,15 @@ class RedistributedTuning(FineTuning):
     Client k receives W^r, the best approximation of W of the client's rank r. With W = U S V' the
     factors are B = U_r S_r / s_k and A = V_r', so all singular values are in B.
 
-    ``scale``: s_k = alpha / r_k (rank), alpha / sqrt(r_k) (root) or alpha / R (common).
-
     Shared leaves: "<weight>.W", and the factors A = V_R' and B = W V_R without a scale. If W has a
     rank below R, the remaining rows of A are orthonormal to the others and the corresponding
     columns of B are zero; so no component is dead. Before round 1 W = 0 has no singular directions,
     and A is random.
     """
 
-    # the base class does not have the choice "rank"
-    scale: Literal["rank", "root", "common"] = "rank"  # type: ignore[assignment]
+    # s_k is alpha / r_k (rank), alpha / sqrt(r_k) (root) or alpha / R (common); default: FlexLoRA's
+    # s_k as FedHera's code has it
+    scale: Literal["rank", "root", "common"] = "rank"  # type: ignore[assignment]  # has "rank" too
 
     def scale_of(self, lora_rank: int) -> float:
         return self.s if self.scale == "common" else self.alpha / self._scale_divisor(lora_rank)
