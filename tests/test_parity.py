@@ -13,8 +13,6 @@ import pytest
 import references
 import small
 import torch
-from tiers import thorough_param
-from torch import Tensor
 
 from fedlora_mpi.algorithm import LocalTraining, Variables
 from fedlora_mpi.algorithms.apfl import APFL
@@ -26,8 +24,8 @@ from fedlora_mpi.algorithms.fedhl import FedHL
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.fedper import FedPer
-from fedlora_mpi.algorithms.fedprox import FedProx
 from fedlora_mpi.algorithms.fedproto import FedProto
+from fedlora_mpi.algorithms.fedprox import FedProx
 from fedlora_mpi.algorithms.fedrep import FedRep
 from fedlora_mpi.algorithms.fedrod import FedRoD
 from fedlora_mpi.algorithms.flexlora import FlexLoRA
@@ -289,3 +287,26 @@ def test_three_rounds_are_those_of_the_paper(name, momentum, stacked):
         assert gap(CASES[name].view(found.shared[t]), shared) < TOLERANCE, f"round {t}: shared"
         for k, tree in enumerate(personal):
             assert gap(found.personal[t][k], tree) < TOLERANCE, f"round {t}: client {k}"
+
+
+@pytest.mark.parametrize(
+    "name, constant",
+    [
+        pytest.param(name, constant, id=f"{name}-{constant}")
+        for name, case in CASES.items()
+        for constant, value in case.constants.items()
+        if isinstance(value, float) and value
+    ],
+)
+def test_one_per_cent_of_a_constant_is_more_than_the_tolerance(name, constant):
+    case, momentum = CASES[name], CASES[name].momenta[-1]
+    federation = reference_federation(run_package(name, momentum, True))
+    constants = case.constants | {constant: 1.01 * case.constants[constant]}
+    gaps = [
+        gap(a, b)
+        for expected, found in zip(
+            run_reference(name, momentum), case.reference(federation, **constants), strict=True
+        )
+        for a, b in zip([expected[0], *expected[1]], [found[0], *found[1]], strict=True)
+    ]
+    assert max(gaps) > 1e4 * TOLERANCE
