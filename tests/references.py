@@ -1,8 +1,8 @@
 """Rounds of methods in plain PyTorch, from the equations of their papers; for ``test_parity.py``.
 
 Nothing of the package is imported. A client's model is an nn.Module, and SGD is torch.optim.SGD. A
-method is a generator: after each round it yields the server's tensors, and those of each client by
-its number, under the names that the paper's symbols have here. Modules are called w, v, theta.
+method is a generator: after each round it yields the leaves of the server, and those of each client
+by its number, under the names that the package gives them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,7 +43,7 @@ class Federation:
     """What all methods have in common: clients, their data, and local SGD.
 
     batches: the mini-batches of (client, round, epoch). samples: all samples of a client. factors:
-    the initial low-rank factors with B = 0 of a round, {weight: (A, B)}.
+    the factors, with B = 0, that a round starts from.
     """
 
     network: Network  # before round 1
@@ -123,10 +123,7 @@ def copy_with(model: Network, tree: Tree) -> Network:
 def average(trees: Sequence[Tree], weights: Sequence[float] | None = None) -> Tree:
     """The weighted mean of trees; without weights the plain mean."""
     weights = weights or [1 / len(trees)] * len(trees)
-    return {
-        n: sum(p * t[n] for p, t in zip(weights, trees, strict=True))  # type: ignore[misc]
-        for n in trees[0]
-    }
+    return {n: sum(p * t[n] for p, t in zip(weights, trees, strict=True)) for n in trees[0]}
 
 
 def average_models(models: Sequence[Network], weights: Sequence[float] | None = None) -> Network:
@@ -136,7 +133,7 @@ def average_models(models: Sequence[Network], weights: Sequence[float] | None = 
 
 def squared_distance(a: nn.Module, b: nn.Module) -> Tensor:
     """||a - b||^2 of the parameters; b is constant."""
-    return sum(  # type: ignore[return-value]
+    return sum(
         ((p - q.detach()) ** 2).sum() for p, q in zip(a.parameters(), b.parameters(), strict=True)
     )
 
