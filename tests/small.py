@@ -129,13 +129,21 @@ class Float64Trainer(Trainer):
         return super().train(clients, *in_float64, round_, evaluate)
 
 
-def make_trainer(algorithm, network="cnn", train=TRAIN, stacked=False, samples=None, fine=False):
-    """A Trainer on this CPU; ``fine``: in float64."""
+def make_trainer(
+    algorithm,
+    network="cnn",
+    train=TRAIN,
+    stacked=False,
+    samples=None,
+    fine=False,
+    transport=None,
+):
+    """A Trainer on this CPU; ``fine``: in float64. transport: default: that of a client alone."""
     samples = samples or make_feed()
     if fine:
         samples._train = Float64Images(*samples._train)
     return (Float64Trainer if fine else Trainer)(
-        algorithm.transport(0, 1), make_model(network), train, samples, CPU, stacked
+        transport or algorithm.transport(0, 1), make_model(network), train, samples, CPU, stacked
     )
 
 
@@ -170,9 +178,15 @@ def make_experiment(
     """
     networks = np.atleast_1d(network).tolist()[: len(sizes)]
     samples = samples or make_feed(sizes, same_sample=same_sample)
-    trainers = [make_trainer(algorithm, name, samples=samples, **how) for name in networks]
-    initial = initial_variables(trainers[0])
-    type_of = tuple(client % len(trainers) for client in range(len(sizes)))
+    transports = [algorithm.transport(client, len(sizes)) for client in range(len(sizes))]
+    kinds = [(networks[k % len(networks)], t.method) for k, t in enumerate(transports)]
+    first_of_kind = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    trainers = [
+        make_trainer(algorithm, kinds[k][0], samples=samples, transport=transports[k], **how)
+        for k in first_of_kind
+    ]
+    initial = algorithm.init(trainers[0].model, rng(1, "init"))
+    type_of = tuple(first_of_kind.index(kinds.index(kind)) for kind in kinds)
     types = tuple(
         ClientType(
             trainer,

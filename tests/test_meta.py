@@ -519,6 +519,16 @@ def test_the_three_agree_on_loop_and_stack(algorithm, network):
     small.assert_near(stack, loop)
 
 
+def test_hf_agrees_on_loop_and_stack_where_batches_are_full():
+    """So that torch's own BatchNorm runs, not the one that ignores padding."""
+    algorithm, once = PerFedAvg(alpha=0.5, variant="hf"), replace(PLAIN, epochs=1)
+    loop, stack = (
+        ended(algorithm, "bn_net", 1, sizes=(5, 5), stacked=stacked, train=once, fine=True)
+        for stacked in (False, True)
+    )
+    small.assert_near(stack.shared, loop.shared, rtol=1e-6)
+
+
 @STACK_FIRST
 @pytest.mark.parametrize("algorithm", [APFL(), PFedMe()], ids=["apfl", "pfedme"])
 def test_a_client_outside_the_cohort_keeps_what_it_has(algorithm, stacked):

@@ -257,7 +257,11 @@ def test_an_alpha_min_at_which_sgd_diverges_is_refused():
 
 def direct_xi(rows, algorithm, round_):
     """The weights of FedAMP from the models themselves, by the formulas one by one."""
-    n, alpha, sigma = len(rows), algorithm.alpha_of(round_), algorithm.sigma
+    n, alpha, sigma = (
+        len(rows),
+        algorithm.alpha_of(round_ + 1),
+        algorithm.sigma,
+    )  # of the next round
     xi = torch.zeros(n, n, dtype=torch.float64)
     for i in range(n):
         for j in range(n):
@@ -291,7 +295,7 @@ FEDAMPS = [
 
 
 @pytest.mark.parametrize("algorithm", FEDAMPS)
-@pytest.mark.parametrize("round_", [0, 2])
+@pytest.mark.parametrize("round_", [0, 1])
 def test_the_weights_of_fedamp_are_those_of_the_formulas(algorithm, round_):
     rows = numbers(5, 37) + torch.arange(5)[:, None] * 0.3
     keys = rows.double() - rows.double().mean(0) if not algorithm.heuristic else rows

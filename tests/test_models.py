@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from tiers import thorough_param
 from torch import nn
-from torch.func import vmap
+from torch.func import functional_call, grad, vmap
 
 from fedlora_mpi.core.seeds import isolate_rng, rng
 from fedlora_mpi.core.tree import numel
 from fedlora_mpi.core.vision import import_torchvision
 from fedlora_mpi.models.network import from_module
+from fedlora_mpi.models.second_order import SecondOrder
 from fedlora_mpi.models.substitutes import Substitutes
 from fedlora_mpi.models.zoo import build
 
@@ -357,6 +358,46 @@ def test_batchnorm_without_padding_is_the_plain_one():
     torch.testing.assert_close(y, two(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(one.running_var, two.running_var)
     assert watch.met_batch_norm and not watch.met_noise
+
+
+def test_the_running_statistics_of_float64_are_as_exact_as_those_of_torch():
+    one, two = (nn.BatchNorm2d(3).double() for _ in range(2))
+    x = numbers(5, 3, 2, 7).double()
+    with Substitutes(None, torch.tensor(0)):
+        one(x)
+    two(x)
+    torch.testing.assert_close(one.running_mean, two.running_mean, rtol=1e-14, atol=0)
+    torch.testing.assert_close(one.running_var, two.running_var, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(3, track_running_stats=False),
+        nn.InstanceNorm2d(3, affine=True),
+        nn.LayerNorm(5),
+    ],
+    ids=["batch", "instance", "layer"],
+)
+def test_a_stack_has_the_second_derivatives_of_each_client(norm):
+    shapes = norm.weight.shape, norm.bias.shape, (4, 3, 2, 5)
+    leaves = [
+        numbers(2, *shape, at=at, dtype=torch.float64).requires_grad_()
+        for at, shape in enumerate(shapes)
+    ]
+
+    def cube(weight, bias, x):
+        with SecondOrder():
+            return functional_call(norm, {"weight": weight, "bias": bias}, (x,)).pow(3).mean()
+
+    def loss(weight, bias, x):
+        return sum(g.square().sum() for g in grad(cube, (0, 1, 2))(weight, bias, x))
+
+    stacked = torch.autograd.grad(vmap(loss)(*leaves).sum(), leaves)
+    looped = torch.autograd.grad(sum(map(loss, *leaves)), leaves)
+    for a, b in zip(stacked, looped, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        assert b.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("real", [None, torch.tensor([True]), torch.tensor([False, True, False])])

@@ -104,6 +104,6 @@ class FedAMP(Algorithm):
             xi = (1 - own_weight) * similarity.softmax(1)
         else:
             similarity = torch.exp(-squared_distances(gram) / self.sigma).fill_diagonal_(0)
-            xi = self.alpha_of(round_) * similarity / self.sigma
+            xi = self.alpha_of(round_ + 1) * similarity / self.sigma  # of the round that begins
             xi = xi / xi.sum(1, keepdim=True).clamp(min=1) if self.convex else xi
         return xi + torch.diag(1 - xi.sum(1))

@@ -22,6 +22,7 @@ alpha 0.005 with beta 0.001 and adapt on batches of the test data. PFLlib sets b
 trains twice a round.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +35,7 @@ from ..core.batch import split_batch
 from ..core.bounds import bounded
 from ..core.tree import Tree, split, tmap
 from ..models.network import Model
+from ..models.second_order import SecondOrder
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,15 @@ class PerFedAvg(Averaging):
 
     def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         base_loss = self.loss(model)
+        second_order = SecondOrder() if self.variant == "hf" else nullcontext()
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             D, D_ = split_batch(batch)
             w, stats = split(now.shared, lambda leaf: model.role(leaf) != "stats")
 
             def f(w: Tree) -> Tensor:
-                with model.training_context(D):  # BatchNorm normalises by D alone
+                # BatchNorm normalises by D alone
+                with model.training_context(D), second_order:
                     return base_loss(Variables(w | tmap(torch.clone, stats), {}), start, D)
 
             gradient = torch.func.grad(f)(w if self.variant == "hf" else tmap(torch.detach, w))

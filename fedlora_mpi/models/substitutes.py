@@ -206,7 +206,7 @@ class Substitutes(TorchFunctionMode):
             with torch.no_grad():
                 unbiased = var * total / (total - 1).clamp(min=1)
                 running_mean += momentum * (mean - running_mean)
-                running_var += momentum * (total > 1) * (unbiased - running_var)
+                running_var += momentum * torch.where(total > 1, unbiased - running_var, 0)
         y = centred * (var + eps).rsqrt().view(channel_shape)
         if weight is not None:
             y = y * weight.view(channel_shape) + bias.view(channel_shape)
