@@ -96,7 +96,9 @@ def test_training_data_are_normalised_and_have_the_counts_of_the_split(run):
 
 
 def test_with_tasks_the_data_are_those_of_the_round_of_the_checkpoint(tmp_path):
-    run = play(tmp_path, "algorithm=fedavg", "data.shift=none", "data.tasks={classes: 1, rounds: 2}")
+    run = play(
+        tmp_path, "algorithm=fedavg", "data.shift=none", "data.tasks={classes: 1, rounds: 2}"
+    )
     view, logged = run.client(1), run.array("clients/accuracy")[-1]
     assert view.train_data().y.unique().tolist() == [1]  # round 3 is of task 1
     x, y = view.test_data()

@@ -58,6 +58,11 @@ def add_ranks_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quiet_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that leaves out the progress of a training."""
+    parser.add_argument("--quiet", action="store_true", help="print no line for each round")
+
+
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument for one run folder."""
     parser.add_argument("run", type=Path, help="a run folder")
