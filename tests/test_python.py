@@ -3,11 +3,13 @@ notebook, without a trace in the process.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import traceback
+import zipfile
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -20,6 +22,7 @@ from runs import TESTS, TINY, assert_same_run, mpirun_command, process_environme
 import fedlora_mpi
 from fedlora_mpi import config as configs
 from fedlora_mpi.config.experiment import Config
+from fedlora_mpi.core.packaged import packaged_configs
 from fedlora_mpi.core.seeds import global_states
 from fedlora_mpi.mpi import local_ranks
 
@@ -245,8 +248,63 @@ def test_dir_lists_the_names_with_docstrings_and_stays_lazy():
 
 def test_a_name_without_a_suffix_is_a_config_of_the_package(folder):
     names = [path.stem for path in (TESTS.parent / "configs").glob("*.yaml")]
-    assert sorted(configs.packaged_configs()) == sorted(names)
+    assert sorted(packaged_configs()) == sorted(names)
     config = configs.read("quickstart", ["rounds=3"])
     assert config == configs.read(TESTS.parent / "configs/quickstart.yaml", ["rounds=3"])
     (folder / "quickstart").write_text(TINY.read_text())
     assert configs.read("quickstart") == configs.read(TINY)  # a file comes first
+
+
+# --- installed, and beside a clone
+
+
+@pytest.mark.thorough  # a wheel is built
+def test_a_wheel_has_the_configs_and_an_editable_install_wins_over_the_clones_folder(tmp_path):
+    pytest.importorskip("setuptools")
+    clone = tmp_path / "work/fedlora_mpi"  # beside the script, without __init__.py
+    names = ("fedlora_mpi", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+    for name in names:
+        source = TESTS.parent / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, clone / name)
+    code = "from setuptools import build_meta as b; b.build_wheel('w'); b.build_editable('e')"
+    (clone / "w").mkdir(), (clone / "e").mkdir()
+    subprocess.run([sys.executable, "-c", code], cwd=clone, check=True, capture_output=True)
+    for kind in ("w", "e"):
+        zipfile.ZipFile(next(clone.glob(f"{kind}/*.whl"))).extractall(tmp_path / kind)
+    found = {path.name for path in (tmp_path / "w/fedlora_mpi/configs").iterdir()}
+    assert found == {path.name for path in (TESTS.parent / "configs").iterdir()}
+    line = [sys.executable, "-m", "fedlora_mpi", "config", "quickstart"]
+    env = process_environment(PYTHONPATH=str(tmp_path / "w"))
+    shown = subprocess.run(line, cwd=tmp_path, env=env, text=True, capture_output=True)
+    assert f"# {tmp_path}/w/fedlora_mpi/configs/quickstart.yaml:" in shown.stdout, shown.stderr
+    (tmp_path / "work/script.py").write_text(
+        f"import site; site.addsitedir({str(tmp_path / 'e')!r})\n"
+        "import fedlora_mpi; print(fedlora_mpi.__file__)\n"
+    )
+    env = process_environment()
+    env.pop("PYTHONPATH", None)
+    line = [sys.executable, tmp_path / "work/script.py"]
+    shown = subprocess.run(line, env=env, text=True, capture_output=True, check=True)
+    assert shown.stdout == f"{clone}/fedlora_mpi/__init__.py\n"
+
+
+@pytest.mark.parametrize(
+    "typed, words",
+    [("fedlora-mpi res", {"resume"}), ("fedlora-mpi run quick", {"quickstart"})],
+)
+def test_a_shell_completes_commands_and_configs(typed, words, folder):
+    pytest.importorskip("argcomplete")
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": typed, "COMP_POINT": str(len(typed))}
+    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": "words", "_ARGCOMPLETE_IFS": "\n"}
+    code = "from fedlora_mpi.cli import main; main()"
+    env = process_environment(**asked)
+    subprocess.run([sys.executable, "-c", code], env=env, cwd=folder, check=True, timeout=60)
+    assert {word.strip() for word in (folder / "words").read_text().split("\n")} == words
+
+
+def test_help_needs_no_library_for_completion():
+    code = (
+        "import sys\nfrom fedlora_mpi.cli import main\ntry:\n    main(['--help'])\n"
+        "except SystemExit:\n    assert not {'argcomplete', 'torch', 'yaml'} & {*sys.modules}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env=process_environment(), check=True)

@@ -24,6 +24,7 @@ import yaml
 
 from .. import algorithms
 from ..algorithm import Algorithm, dataclass_mistake
+from ..core.packaged import find_config, packaged_configs
 from ..data.csv_numbers import Table
 from ..data.datasets import DATASETS, Source
 from ..data.partition import PARTITIONS, Partition
@@ -77,7 +78,7 @@ _PLACEHOLDER = re.compile(r"\{(.*?)\}")
 
 
 def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file (see ``find_file``) or of keys, overridden by ``key=value`` texts.
+    """The config of a YAML file (``find_config``) or of keys, overridden by ``key=value`` texts.
 
     Overrides may come in any order; if two have the same key, the later one counts. Raises
     ConfigError.
@@ -87,24 +88,7 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
 
 def source_of(config: str | Path | Mapping[str, Any]) -> str:
     """What messages name a config: its file, or ``config`` if it is keys."""
-    return "config" if isinstance(config, Mapping) else str(find_file(config))
-
-
-def find_file(name: str | Path) -> Path:
-    """The file of a config: ``name``, or the config of the package that has this name.
-
-    A file of the working folder comes first. A name of the package has no suffix.
-    """
-    path = Path(name)
-    return path if path.exists() else packaged_configs().get(str(name), path)
-
-
-def packaged_configs() -> dict[str, Path]:
-    """The configs that come with the package: name -> file, by name."""
-    package = Path(__file__).parents[1]
-    # a wheel has them in the package, a clone beside it
-    folders = [f for f in (package / "configs", package.parent / "configs") if f.is_dir()]
-    return {file.stem: file for folder in folders[:1] for file in sorted(folder.glob("*.yaml"))}
+    return "config" if isinstance(config, Mapping) else str(find_config(config))
 
 
 def _fill_output(path: Path, config: Config, origin: Origin) -> Config:
@@ -143,7 +127,7 @@ def annotated_yaml(path: str | Path, overrides: Sequence[str] = ()) -> str:
     """``resolved_yaml`` of ``read(path, overrides)`` with the origin of each key as a comment:
     ``default``, ``FILE:LINE`` or ``command line``. Raises ConfigError.
     """
-    path = find_file(path)
+    path = find_config(path)
     config, origin = _read(path, overrides)
     sources = origin.source_of_key
     lines = {
