@@ -53,7 +53,7 @@ def run(
     print no line for each round.
 
     overrides: settings of the config, as keywords: ``rounds=3``, ``train={"lr": 0.1}`` or
-    ``**{"train.lr": 0.1}``. A dict replaces the keys that it has.
+    ``**{"train.lr": 0.1}``. A dict changes only the keys that it has.
 
     Raises ValueError for a mistake in what was asked, RuntimeError if the training fails, and
     KeyboardInterrupt if it was stopped: after the first Ctrl-C or SIGUSR1 at the end of a round,
