@@ -3,6 +3,8 @@ notebook, without a trace in the process.
 """
 
 import os
+import pkgutil
+import re
 import shutil
 import signal
 import subprocess
@@ -244,6 +246,14 @@ def test_dir_lists_the_names_with_docstrings_and_stays_lazy():
     subprocess.run([sys.executable, "-c", code], env=process_environment(), check=True)
     for name in dir(fedlora_mpi):
         assert getattr(fedlora_mpi, name).__doc__, name
+
+
+def test_the_reference_has_every_name():
+    page = (TESTS.parent / "docs/api.md").read_text(encoding="utf-8")
+    for name in fedlora_mpi.__all__:
+        assert f"fedlora_mpi.{name}" in page, f"docs/api.md has no fedlora_mpi.{name}"
+    for name in re.findall(r"^\.\. auto\w+:: (\S+)$", page, re.MULTILINE):
+        assert pkgutil.resolve_name(name).__doc__, name
 
 
 def test_a_name_without_a_suffix_is_a_config_of_the_package(folder):
