@@ -2,6 +2,8 @@
 notebook, without a trace in the process.
 """
 
+import doctest
+import importlib
 import os
 import pkgutil
 import re
@@ -121,6 +123,12 @@ def test_no_keyword_of_run_is_a_key_of_a_config():
     keys = {field.name for field in fields(Config)}
     for function in (fedlora_mpi.run, fedlora_mpi.resume):
         assert not keys & set(signature(function).parameters)
+
+
+@pytest.mark.thorough  # the quick start
+def test_the_examples_hold():
+    results = doctest.testmod(importlib.import_module(fedlora_mpi.run.__module__))
+    assert results == (0, 7)
 
 
 # --- mistakes and ends

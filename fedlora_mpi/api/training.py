@@ -61,7 +61,7 @@ def run(
     signal handlers are put back.
 
     >>> import fedlora_mpi
-    >>> run = fedlora_mpi.run("quickstart", rounds=2, quiet=True, output="runs/doc")
+    >>> run = fedlora_mpi.run("quickstart", rounds=2, quiet=True, output="runs/short")
     >>> run.array("accuracy").shape
     (2,)
     """
@@ -82,7 +82,8 @@ def resume(
     instance ``rounds``.
 
     >>> import fedlora_mpi
-    >>> run = fedlora_mpi.resume("runs/doc", rounds=3, quiet=True)
+    >>> run = fedlora_mpi.run("quickstart", rounds=1, quiet=True, output="runs/longer")
+    >>> run = fedlora_mpi.resume("runs/longer", rounds=3, quiet=True)
     >>> run.array("accuracy").shape
     (3,)
     """
@@ -109,7 +110,7 @@ def _train(task: Task, ranks: int | None) -> RunView:
                 code = train_on_ranks(task, ranks, lambda line: _show(line, lines))
         except CollectiveExit as error:
             end, code = "; ".join([str(error), *getattr(error, "__notes__", ())]), error.code
-    end = end or (lines[-1] if lines else f"{folder}: the training ended with exit code {code}")
+    end = end or (lines[-1] if lines else f"{folder}: exit code {code}; the ranks say why above")
     if code == 0:
         return open_run(folder)
     if code in _STOP_EXITS:
