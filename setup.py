@@ -1,9 +1,11 @@
 """The package's face. Ranges live here, the exact versions of `make install` in constraints.txt."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "fedlora_mpi/__init__.py").read_text())[1]
@@ -15,6 +17,7 @@ extras = {
     "weights": ["safetensors>=0.5"],
     "privacy": ["dp-accounting>=0.6,<0.7"],  # see privacy/accountant.py before another
     "analysis": ["matplotlib>=3.8", "pandas>=2.1", "rich>=13.7"],
+    "completion": ["argcomplete>=3.6"],  # of the command line in a shell
     "tensorboard": ["tensorboardX>=2.6"],
     "test": ["pytest>=8.0", "pytest-cov>=7.0", "pytest-xdist>=3.6", "hypothesis>=6.100"],
     "lint": ["ruff>=0.17", "mypy>=2.4", "types-PyYAML>=6.0"],
@@ -31,6 +34,19 @@ apart = {  # what few need: not in "all"
     # other libraries, for benchmarks/peers.py
     "peers": ["flwr[simulation]>=1.41", "pfl[pytorch]>=0.6"],
 }
+
+
+class BuildWithConfigs(build_py):
+    """Puts ``configs/`` into the package of a wheel; a clone has it beside the package."""
+
+    def run(self) -> None:
+        """Called by setuptools."""
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(
+                here / "configs", Path(self.build_lib) / "fedlora_mpi/configs", dirs_exist_ok=True
+            )
+
 
 setup(
     name="fedlora_mpi",
@@ -52,6 +68,10 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["fedlora_mpi", "fedlora_mpi.*"]),
+    # Said explicitly, an editable install is a line in a .pth file. Otherwise it is a hook, which
+    # comes after a folder called fedlora_mpi, the clone, beside a user's script.
+    package_dir={"": "."},
+    cmdclass={"build_py": BuildWithConfigs},
     package_data={"fedlora_mpi": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[

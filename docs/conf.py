@@ -6,6 +6,7 @@ it was just computed. Nothing of the site comes from the network.
 """
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -23,7 +24,12 @@ html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_show_sourcelink = html_copy_source = False
 html_show_copyright = False
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+sys.path.insert(0, str(HERE.parent))  # of the reference, whose text is that of the docstrings
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+nitpick_ignore_regex = [("py:.*", ".*")]  # types in signatures that have no page here
 source_suffix = {".md": "markdown", ".ipynb": "markdown"}
 nitpicky = True
 myst_heading_anchors = 4  # of all headings down to ####, made as GitHub makes them
@@ -32,6 +38,28 @@ myst_heading_anchors = 4  # of all headings down to ####, made as GitHub makes t
 def setup(app) -> None:
     """Called by Sphinx."""
     app.connect("source-read", read_notebook)
+    app.connect("autodoc-process-docstring", escape_docstring)
+    app.connect("autodoc-skip-member", skip_tuple_field)
+
+
+def escape_docstring(app, what, name, obj, options, lines: list[str]) -> None:
+    """Turn a docstring, which is plain text with ``code``, into reStructuredText."""
+    lines[:] = "\n\n".join(map(_paragraph, "\n".join(lines).split("\n\n"))).split("\n")
+
+
+def _paragraph(text: str) -> str:
+    """A paragraph with its marks escaped; one whose lines hang is a list, an example stays."""
+    if text.startswith(">>>"):
+        return text
+    parts = re.split(r"(``.*?``)", text, flags=re.DOTALL)
+    parts[::2] = [re.sub(r"([*|_`\\])", r"\\\1", part) for part in parts[::2]]
+    text = "".join(parts)
+    return re.sub(r"^(?=\S)", "*   ", text, flags=re.MULTILINE) if "\n    " in text else text
+
+
+def skip_tuple_field(app, what, name, obj, skip, options) -> bool | None:
+    """Leave out the fields of named tuples, which have no docstring of their own."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
 
 
 def read_notebook(app, name: str, source: list[str]) -> None:

@@ -1,14 +1,17 @@
 """Federated learning with shared and personal low-rank parts, simulated over MPI.
 
-``open_run(path)`` reads a run folder, ``open_runs(pattern)`` several; ``fedlora-mpi --help`` lists
-the commands. A user's own method imports all that it needs from here: ``Algorithm``, ``Variables``
-and the other names below. A function that returns data may return ``OwnData``.
+``run(config)`` trains from a config and ``resume(path)`` goes on with a run; ``open_run(path)``
+reads a run folder, ``open_runs(pattern)`` several. ``fedlora-mpi --help`` lists the commands. A
+user's own method imports all that it needs from here: ``Algorithm``, ``Variables`` and the other
+names below. A function that returns data may return ``OwnData``.
 """
 
 __version__ = "0.1.0"
 
 # name -> its module, imported at first use, so that reading a run needs no torch
 _HOME = {
+    "run": "api.training",
+    "resume": "api.training",
     "open_run": "analysis.run_view",
     "open_runs": "analysis.runs",
     **dict.fromkeys(
@@ -37,6 +40,10 @@ _HOME = {
 }
 _FORMER = dict.fromkeys(("Offer", "Train", "Vars"), "algorithm")  # former names, still accepted
 __all__ = [*_HOME]  # noqa: PLE0604
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str):

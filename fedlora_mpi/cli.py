@@ -1,4 +1,5 @@
 """``fedlora-mpi``: the command line. The commands are in ``commands/``."""
+# PYTHON_ARGCOMPLETE_OK: a shell with argcomplete's global completion looks for this mark
 
 import argparse
 import os
@@ -64,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed arguments. Overrides may stand between and after the options."""
     parser = _build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for the words that may follow
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     args, unrecognized = parser.parse_known_args(arguments)
     if unrecognized and not (
         hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in unrecognized)

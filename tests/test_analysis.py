@@ -76,19 +76,42 @@ def test_a_clients_model_scores_exactly_what_the_run_logged(any_run):
     for client in range(CLIENTS):
         batch = feed.test_batch([client], 0, feed.test_size(client))
         view = any_run.client(client)
+        x, y = view.test_data()
+        assert torch.equal(x, batch.x[0]) and torch.equal(y, batch.y[0])
         with torch.no_grad():
-            right = view.model(batch.x[0]).argmax(1) == batch.y[0]
+            right = view.model(x).argmax(1) == y
         assert np.float32(right.double().mean()) == logged[client]
         assert len(right) == len(view.test_indices)
         for name, value in view.model.state_dict().items():
             assert np.array_equal(view.weights[name], value)
 
 
+def test_training_data_are_normalised_and_have_the_counts_of_the_split(run):
+    for client in range(CLIENTS):
+        view = run.client(client)
+        x, y = view.train_data()
+        assert x.shape == (len(view.train_indices), 2, 8, 8) and x.dtype == torch.float32
+        assert y.bincount(minlength=CLASSES).tolist() == view.counts.tolist()
+        assert abs(float(x.mean())) < 0.2 and 0.8 < float(x.std()) < 1.2
+
+
+def test_with_tasks_the_data_are_those_of_the_round_of_the_checkpoint(tmp_path):
+    run = play(
+        tmp_path, "algorithm=fedavg", "data.shift=none", "data.tasks={classes: 1, rounds: 2}"
+    )
+    view, logged = run.client(1), run.array("clients/accuracy")[-1]
+    assert view.train_data().y.unique().tolist() == [1]  # round 3 is of task 1
+    x, y = view.test_data()
+    assert y.unique().tolist() == [0, 1] and len(y) < len(view.test_indices)
+    with torch.no_grad():
+        assert np.float32((view.model(x).argmax(1) == y).double().mean()) == logged[1]
+
+
 def test_the_examples_of_open_run_hold(run, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "tiny-1").symlink_to(run.path)
     monkeypatch.chdir(tmp_path)
-    assert doctest.testmod(one) == (0, 12)
+    assert doctest.testmod(one) == (0, 15)
     with pytest.raises(ValueError, match="no column 'rounds/acc'"):
         run.axes("acc")
 

@@ -9,6 +9,7 @@ import torch
 from runs import build_tiny, run_rounds
 
 from fedlora_mpi import config as configs
+from fedlora_mpi import open_run
 from fedlora_mpi.data.datasets import Source, load
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.own import OwnData
@@ -117,12 +118,19 @@ def test_vectors_of_a_function_train_on_their_own_clients(module, call, tmp_path
     counts = RunFiles(tmp_path / "run").partition()["train_counts"]
     assert counts.tolist() == [[5, 5, 5]] * 4
     assert configs.flatten(configs.read("run/config.yaml"))["data.dataset"] == f"{module}:vectors"
+    client = open_run(tmp_path / "run").client(2)
+    x, y = client.test_data()
+    with torch.no_grad():
+        accuracy = (client.model(x).argmax(1) == y).double().mean()
+    assert np.float32(accuracy) == client.run.array("clients/accuracy")[-1, 2]
     text = (tmp_path / "own_arrays.py").read_text()
     (tmp_path / "own_arrays.py").write_text(text.replace("y[:, None]", "2 * y[:, None]"))
     sys.modules.pop("own_arrays")
     code, _, error = call("resume", "run", "rounds=3")
     assert code == 2 and "training samples: not the same as when the run began (log.h5)" in error
     assert f"put back what was in data.dataset = {module}:vectors, or start anew" in error
+    with pytest.raises(ValueError, match="training samples: not the same as when the run began"):
+        open_run(tmp_path / "run").client(2).train_data()
 
 
 def test_a_function_draws_the_same_on_every_rank(module):

@@ -28,7 +28,7 @@ ROOT = TESTS.parent
 PAGES = sorted(ROOT.glob("docs/*.md")) + [ROOT / "README.md"]
 BLOCK = re.compile(r"^```(\S*)\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
 NAMED = re.compile(r"# (\S+\.(?:py|yaml))\n")
-LANGUAGES = ("bash", "python", "yaml", "text", "console", "{toctree}")
+LANGUAGES = ("bash", "python", "yaml", "text", "console", "{toctree}", "{eval-rst}")
 LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv", "build", "runs", ".*_cache", ".hypothesis", "*.egg-info"
 )

@@ -469,6 +469,10 @@ def test_a_resume_moves_no_bit_and_the_folder_keeps_the_vocabulary(yaml, root):
     texts = [a_text(n)[1] for n in (100, 101, 102)]
     logits = view.client(3).model(view.vocabulary.encode(texts))
     assert logits.shape == (3, 3) and torch.equal(logits, view.client(3).model(data.test.x[:3]))
+    x, y = view.client(3).test_data()
+    with torch.no_grad():
+        accuracy = float((view.client(3).model(x).argmax(1) == y).float().mean())
+    assert x.dtype == torch.int64 and accuracy == view.array("clients/accuracy")[-1, 3]
 
 
 def test_a_resume_on_other_training_texts_is_refused(yaml, root):

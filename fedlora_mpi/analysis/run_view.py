@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ..algorithm import Algorithm, Transport, Variables
     from ..config import Config
     from ..config.experiment import Network
+    from ..data.feed import Feed
+    from ..data.samples import Samples
     from ..data.texts import Vocabulary
     from ..models.network import Model
 
@@ -53,6 +55,10 @@ def open_run(path: str | Path) -> "RunView":
     >>> import torch
     >>> client.model(torch.zeros(4, 2, 8, 8)).shape  # its own model, an nn.Module
     torch.Size([4, 3])
+    >>> x, y = client.test_data()  # as the model reads them, normalised
+    >>> accuracy = float((client.model(x).argmax(1) == y).float().mean())
+    >>> accuracy == float(run.array("clients/accuracy")[-1, 3])  # exactly what the run logged
+    True
     >>> sorted(client.model.state_dict()) == sorted(client.weights)  # the same as numpy arrays
     True
 
@@ -87,6 +93,7 @@ class RunView:
         self._newest_checkpoint = lru_cache(1)(lambda committed: self._files.checkpoint())
         # one entry for each kind of clients
         self._initial_variables = lru_cache(None)(self._make_initial_variables)
+        self._feed = lru_cache(1)(self._load_feed)  # one data set for all clients
 
     @property
     def config(self) -> dict[str, Any]:
@@ -281,6 +288,11 @@ class RunView:
             )
         return Vocabulary(self._files.read_text(path.name))
 
+    def _load_feed(self, round_: int) -> "Feed":
+        from .client_data import load_feed
+
+        return load_feed(self.path, self._parsed_config, self.partition, round_)
+
     @cached_property
     def _parsed_config(self) -> "Config":
         from ..config import from_dict
@@ -392,9 +404,33 @@ class ClientView:
             tree = self.network.all_values | self.algorithm.client_model(self.network, v)
         return {n: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for n, v in tree.items()}
 
+    def test_data(self) -> "Samples":
+        """Return the client's test samples (x, y), as its ``model`` reads them, on the CPU.
+
+        x [m, ...] is normalised float32, or int64 token ids of texts; y [m] is int64. Both are as
+        in the run: ``data.shift`` is applied, and with ``data.tasks`` these are the classes of the
+        task of the checkpoint's round. The model's accuracy on them is ``clients/accuracy`` of this
+        round, for a method that evaluates the model as it is. (Of ``personalize`` and of
+        ``evaluate_on = "after_training"`` the evaluated copies are not kept.)
+
+        Reads the data set of the config. Raises ValueError if it is missing or has changed.
+        """
+        from .client_data import client_test_samples
+
+        return client_test_samples(self.run._feed(self.checkpoint.round), self.id)
+
+    def train_data(self) -> "Samples":
+        """Return the client's training samples (x, y), as ``test_data``, without augmentation."""
+        from .client_data import client_train_samples
+
+        return client_train_samples(self.run._feed(self.checkpoint.round), self.id)
+
     @cached_property
     def model(self) -> "nn.Module":
-        """The client's own model, in evaluation mode, on the CPU."""
+        """The client's own model, in evaluation mode, on the CPU.
+
+        It reads inputs as ``test_data`` returns them: normalised.
+        """
         import torch
 
         weights = {name: torch.from_numpy(value) for name, value in self.weights.items()}

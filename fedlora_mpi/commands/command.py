@@ -4,7 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from ..core.packaged import packaged_configs
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -36,9 +38,19 @@ class Command(NamedTuple):
     launch: Callable[[argparse.Namespace], int] | None = None
 
 
-def add_config_argument(parser: argparse.ArgumentParser, help_: str = "a YAML file") -> None:
-    """Add the argument for a config."""
-    parser.add_argument("config", help=help_)
+def add_config_argument(parser: argparse.ArgumentParser, note: str = "") -> None:
+    """Add the argument for a config. note: what the command does with it."""
+    names = ", ".join(packaged_configs())
+    action = parser.add_argument("config", help=f"a YAML file, or a name: {names}{note}")
+    cast(Any, action).completer = complete_config
+
+
+def complete_config(prefix: str, **of_argcomplete: object) -> list[str]:
+    """Return the configs that begin with ``prefix``: names, YAML files and folders."""
+    from argcomplete.completers import FilesCompleter
+
+    files = FilesCompleter(allowednames=("yaml", "yml"))(prefix)
+    return [name for name in packaged_configs() if name.startswith(prefix)] + files
 
 
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +68,11 @@ def add_ranks_argument(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="start so many processes on this machine by mpirun: a server and R - 1 workers",
     )
+
+
+def add_quiet_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that leaves out the progress of a training."""
+    parser.add_argument("--quiet", action="store_true", help="print no line for each round")
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``pretrain``."""
-    add_config_argument(parser, "a YAML file; its partition and its algorithm do not matter")
+    add_config_argument(parser, "; its partition and its algorithm do not matter")
     add_override_arguments(parser)
     parser.add_argument(
         "--to", type=Path, required=True, metavar="FILE.safetensors", help="where the weights go"

@@ -3,10 +3,16 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from .command import Command, add_override_arguments, add_ranks_argument, add_run_argument
-from .launching import check_ranks, launch_training, read_or_refuse
+from .command import (
+    Command,
+    add_override_arguments,
+    add_quiet_argument,
+    add_ranks_argument,
+    add_run_argument,
+)
 
 if TYPE_CHECKING:
+    from ..api.task import ResumedRun
     from ..mpi.comm import Comm
 
 
@@ -14,24 +20,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``resume``."""
     add_run_argument(parser)
     add_ranks_argument(parser)
+    add_quiet_argument(parser)
     add_override_arguments(parser)
+
+
+def _task(args: argparse.Namespace) -> "ResumedRun":
+    from ..api.task import ResumedRun
+
+    return ResumedRun(args.run, args.overrides, args.quiet)
 
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Continue a run."""
-    from ..experiment.loop import resume
+    from ..api.task import check_ranks
 
-    check_ranks(args, comm)
-    return resume(args.run, args.overrides, comm)
+    check_ranks(args.ranks, comm)
+    return _task(args).train(comm)
 
 
 def launch(args: argparse.Namespace) -> int:
     """Continue a run on several ranks of this machine."""
-    from ..experiment.output import config_to_resume
+    from ..api.task import train_on_ranks
 
-    settings = read_or_refuse(args, lambda: config_to_resume(args.run, args.overrides))
-    arguments = ["resume", "--ranks", str(args.ranks), "--", str(args.run), *args.overrides]
-    return launch_training(args, arguments, settings, args.run)
+    return train_on_ranks(_task(args), args.ranks)
 
 
 COMMAND = Command(

@@ -3,10 +3,17 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from .command import Command, add_config_argument, add_override_arguments, add_ranks_argument
-from .launching import check_ranks, launch_training, read_or_refuse
+from .command import (
+    Command,
+    add_config_argument,
+    add_override_arguments,
+    add_quiet_argument,
+    add_ranks_argument,
+    as_keywords,
+)
 
 if TYPE_CHECKING:
+    from ..api.task import NewRun
     from ..mpi.comm import Comm
 
 
@@ -23,30 +30,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replace the run folder if it is there and holds nothing but a run",
     )
     add_ranks_argument(parser)
+    add_quiet_argument(parser)
     add_override_arguments(parser)
+
+
+def _task(args: argparse.Namespace) -> "NewRun":
+    from ..api.task import NewRun
+
+    return NewRun(**as_keywords(args, "ranks"))
 
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Train from a config."""
-    from .. import config
-    from ..experiment import loop
+    from ..api.task import check_ranks
 
-    check_ranks(args, comm)
-    settings, comm = loop.receive_config(comm, lambda: config.read(args.config, args.overrides))
-    if args.resume:
-        return loop.start_or_resume(settings, args.config, comm)
-    return loop.start(settings, args.config, comm, args.overwrite)
+    check_ranks(args.ranks, comm)
+    return _task(args).train(comm)
 
 
 def launch(args: argparse.Namespace) -> int:
     """Train on several ranks of this machine."""
-    from .. import config
-    from ..core.paths import expand_home
+    from ..api.task import train_on_ranks
 
-    settings = read_or_refuse(args, lambda: config.read(args.config, args.overrides))
-    flags = [f"--{name}" for name in ("resume", "overwrite") if getattr(args, name)]
-    arguments = ["run", *flags, "--ranks", str(args.ranks), "--", args.config, *args.overrides]
-    return launch_training(args, arguments, settings, expand_home(settings.output))
+    return train_on_ranks(_task(args), args.ranks)
 
 
 COMMAND = Command(

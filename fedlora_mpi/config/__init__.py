@@ -12,11 +12,15 @@ from .reading import (
     digest,
     flatten,
     from_dict,
+    override_text,
+    parse_tree,
     read,
     read_recorded,
     read_recorded_rounds,
     resolved_dict,
     resolved_yaml,
+    source_of,
+    tree_yaml,
 )
 
 __all__ = [
@@ -37,5 +41,9 @@ __all__ = [
     "read_recorded_rounds",
     "resolved_dict",
     "resolved_yaml",
+    "override_text",
+    "parse_tree",
+    "source_of",
+    "tree_yaml",
     "checksummed_yaml",
 ]

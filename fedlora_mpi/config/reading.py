@@ -9,6 +9,8 @@ Every mistake is a ``ConfigError`` of one line.
 """
 
 import json
+import math
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -17,10 +19,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+import numpy as np
 import yaml
 
 from .. import algorithms
 from ..algorithm import Algorithm, dataclass_mistake
+from ..core.packaged import find_config, packaged_configs
 from ..data.datasets import DATASETS, Source
 from ..data.partition import PARTITIONS, Partition
 from ..data.tables import Table
@@ -74,13 +78,18 @@ _MAX_DEPTH = 20
 _PLACEHOLDER = re.compile(r"\{(.*?)\}")
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file, overridden by ``key=value`` texts.
+def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file (``find_config``) or of keys, overridden by ``key=value`` texts.
 
     Overrides may come in any order; if two have the same key, the later one counts. Raises
     ConfigError.
     """
-    return _fill_output(Path(path), *_read(Path(path), overrides))
+    return _fill_output(Path(source_of(source)), *_read(source, overrides))
+
+
+def source_of(config: str | Path | Mapping[str, Any]) -> str:
+    """What messages name a config: its file, or ``config`` if it is keys."""
+    return "config" if isinstance(config, Mapping) else str(find_config(config))
 
 
 def _fill_output(path: Path, config: Config, origin: Origin) -> Config:
@@ -99,9 +108,13 @@ def _fill_output(path: Path, config: Config, origin: Origin) -> Config:
     return replace(config, output=_PLACEHOLDER.sub(lambda m: substitutes[m[1]], config.output))
 
 
-def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, Origin]:
+def _read(
+    config_source: str | Path | Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[Config, Origin]:
     """The result of ``read`` before ``output`` is filled in, and where each key was written."""
-    layers = [(_load_yaml(path), str(path))]
+    path = Path(source_of(config_source))
+    keys = {**config_source} if isinstance(config_source, Mapping) else _load_yaml(path)
+    layers = [(keys, str(path))]
     if "base" in layers[0][0]:
         layers.insert(0, _load_base(layers[0][0].pop("base"), path))
     layers += [(layer, COMMAND_LINE) for layer in _parse_overrides(overrides)]
@@ -117,12 +130,13 @@ def annotated_yaml(path: str | Path, overrides: Sequence[str] = (), explain: boo
 
     explain: whether comments above the settings of the method say what they mean.
     """
-    config, origin = _read(Path(path), overrides)
+    path = find_config(path)
+    config, origin = _read(path, overrides)
     sources = origin.source_of_key
     lines = {
         file: _key_lines(_read_text(Path(file))) for file in set(sources.values()) - {COMMAND_LINE}
     }
-    config = _fill_output(Path(path), config, origin)
+    config = _fill_output(path, config, origin)
     text = resolved_yaml(config)
     key_of_line = {line: key for key, line in _key_lines(text).items()}
     settings, annotated = flatten(config), []
@@ -416,6 +430,54 @@ def _build_algorithm(value: Any, key: str, origin: Origin) -> Algorithm:
     return blocks.build_block(cls, options, key, origin, owner=name)
 
 
+# Configs and overrides of Python.
+
+
+def parse_tree(config: str | Path | Mapping[str, Any]) -> str | dict[str, Any]:
+    """The keys of a mapping or of a YAML text, which has a line break; else the name of a file.
+
+    Raises ConfigError.
+    """
+    if isinstance(config, Mapping):
+        return _plain(config, "config")
+    text = os.fspath(config)
+    return _check_keys(_parse_yaml(text, "config"), "config") if "\n" in text else text
+
+
+def tree_yaml(tree: Mapping[str, Any]) -> str:
+    """YAML of the keys of a config, for a file in any folder."""
+    base = {"base": str(Path(tree["base"]).absolute())} if "base" in tree else {}
+    return yaml.dump({**tree, **base}, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def override_text(key: str, value: Any) -> str:
+    """The ``key=value`` text of a value of Python. Raises ConfigError."""
+    plain = _plain(value, key)
+    text = yaml.dump(
+        plain, Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True
+    )
+    value_text = text.removesuffix("\n").removesuffix("\n...")  # the end of a document
+    return f"{key}={value_text}"
+
+
+def _plain(value: Any, key: str) -> Any:
+    """``value`` as YAML reads it: tuples are lists, paths texts. Raises ConfigError."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item, f"{key}.{name}") for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, key) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigError(
+        f"{key} = {value!r}: must be a number, a text, None, or a list or dict of these; name a "
+        "class or a function '<module>:<name>'"
+    )
+
+
 # Reading files and the command line into one tree of keys.
 
 
@@ -519,16 +581,22 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        is_name = path.name == str(path) and not path.suffix
+        names = f"; the package has {', '.join(packaged_configs())}" if is_name else ""
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}{names}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is no YAML: byte {error.start} is not UTF-8") from None
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
-    tree = _parse_yaml(_read_text(path), str(path))
+    return _check_keys(_parse_yaml(_read_text(path), str(path)), str(path))
+
+
+def _check_keys(tree: Any, source: str) -> dict[str, Any]:
+    """``tree`` if it holds keys. Raises ConfigError."""
     if not isinstance(tree, dict):
         content = "the file is empty" if tree is None else f"here is {blocks.format_value(tree)}"
-        raise ConfigError(f"{path}: must hold keys and values, such as 'rounds: 300'; {content}")
+        raise ConfigError(f"{source}: must hold keys and values, such as 'rounds: 300'; {content}")
     return tree
 
 

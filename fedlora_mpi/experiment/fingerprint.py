@@ -93,7 +93,7 @@ def build_inventory(
     return {
         "package": {"fedlora_mpi": __version__},
         "settings": {key: json.dumps(value) for key, value in configs.flatten(config).items()},
-        "data": _data_digests(data, digest),
+        "data": data_digests(data, digest),
         "split": {"who holds which samples": split.digest()},
         "structure": {
             n: _shape_and_dtype(v) + roles.get(n, "") for n, v in (*leaves, *constants, *variables)
@@ -223,7 +223,11 @@ def _shape_and_dtype(value: Tensor) -> str:
     return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
 
 
-def _data_digests(data: Data, digest: Callable[[Tensor], str]) -> dict[str, str]:
+def data_digests(data: Data, digest: Callable[[Tensor], str] = tensor_digest) -> Items:
+    """Return the digests of samples, labels, vocabulary, normalisation and clients of the samples.
+
+    digest: of one tensor.
+    """
     digests = {"classes": str(data.classes)}
     for name, side in (("training", data.train), ("test", data.test)):
         digests |= {f"{name} samples": digest(side.x), f"{name} labels": digest(side.y)}

@@ -58,33 +58,43 @@ from .stopping import StopRequests, collect_interrupts, collect_stop_signals, lo
 STOPPED_EXIT = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may queue the job again
 
 
-def start(config: Config, source: str, comm: Comm, overwrite: bool = False) -> int:
+def start(
+    config: Config, source: str, comm: Comm, overwrite: bool = False, quiet: bool = False
+) -> int:
     """Train from round 1 into a new run folder; returns the exit code.
 
-    overwrite: a run folder of the same name is replaced, once this one can begin.
+    overwrite: a run folder of the same name is replaced, once this one can begin; quiet: neither
+    the rounds nor the end are printed.
     """
     folder, stop_requests = expand_home(config.output), collect_stop_signals()
     created: list[Path] = []  # on rank 0, which a run does not outlive
 
     def start_anew(comm):
-        return _start_new_run(folder, config, source, comm, stop_requests, overwrite, created)
+        return _start_new_run(
+            folder, config, source, comm, stop_requests, overwrite, created, quiet
+        )
 
     def start_or_continue(comm):
         if overwrite and comm.broadcast(b"1" if created else b"0") == b"0":
             return start_anew(comm)
-        return _start_or_continue(folder, config, source, comm, stop_requests)
+        return _start_or_continue(folder, config, source, comm, stop_requests, quiet)
 
     return run_tolerant(config.faults, source, folder, comm, start_anew, start_or_continue)
 
 
 def _start_or_continue(
-    folder: Path, config: Config, source: str, comm: Comm, stop_requests: StopRequests
+    folder: Path,
+    config: Config,
+    source: str,
+    comm: Comm,
+    stop_requests: StopRequests,
+    quiet: bool,
 ) -> int:
     """Train the rounds after the newest checkpoint, or all into a new folder."""
     if not run_exists(folder, comm):
-        return _start_new_run(folder, config, source, comm, stop_requests)
+        return _start_new_run(folder, config, source, comm, stop_requests, quiet=quiet)
     recorded = _broadcast_config(comm, lambda: adopt_recorded_engine(config, source, folder))
-    return _continue_run(folder, recorded, comm, stop_requests)
+    return _continue_run(folder, recorded, comm, stop_requests, quiet)
 
 
 def _start_new_run(
@@ -95,6 +105,7 @@ def _start_new_run(
     stop_requests: StopRequests,
     overwrite: bool = False,
     created: list[Path] | None = None,
+    quiet: bool = False,
 ) -> int:
     """Train all rounds into a new run folder; returns the exit code.
 
@@ -131,37 +142,39 @@ def _start_new_run(
     ):
         if created is not None:
             created.append(folder)
-        return _train(assembly, initial_state(assembly), folder, stop_requests)
+        return _train(assembly, initial_state(assembly), folder, stop_requests, quiet)
 
 
-def start_or_resume(config: Config, source: str, comm: Comm) -> int:
+def start_or_resume(config: Config, source: str, comm: Comm, quiet: bool = False) -> int:
     """Start the run, or continue its folder if it exists; a scheduler calls this until it is done.
 
-    Refuses to continue with settings that a resume may not change.
+    Refuses to continue with settings that a resume may not change. quiet: as in ``start``.
     """
     folder, stop_requests = expand_home(config.output), collect_stop_signals()
 
     def start_or_continue(comm):
-        return _start_or_continue(folder, config, source, comm, stop_requests)
+        return _start_or_continue(folder, config, source, comm, stop_requests, quiet)
 
     return run_tolerant(config.faults, source, folder, comm, start_or_continue, start_or_continue)
 
 
-def resume(folder: Path, overrides: Sequence[str], comm: Comm) -> int:
+def resume(folder: Path, overrides: Sequence[str], comm: Comm, quiet: bool = False) -> int:
     """Continue a run from its newest valid checkpoint; returns the exit code.
 
-    The number of ranks may differ. A run without a checkpoint begins again.
+    The number of ranks may differ. A run without a checkpoint begins again. quiet: as in ``start``.
     """
     config, comm = receive_config(comm, lambda: config_to_resume(folder, overrides))
     stop_requests = collect_stop_signals()
 
     def go_on(comm):
-        return _continue_run(folder, config, comm, stop_requests)
+        return _continue_run(folder, config, comm, stop_requests, quiet)
 
     return run_tolerant(config.faults, str(folder / "config.yaml"), folder, comm, go_on, go_on)
 
 
-def _continue_run(folder: Path, config: Config, comm: Comm, stop_requests: StopRequests) -> int:
+def _continue_run(
+    folder: Path, config: Config, comm: Comm, stop_requests: StopRequests, quiet: bool
+) -> int:
     """Train the rounds of ``config`` that the folder does not have; returns the exit code."""
     assembly = build(config, str(folder / "config.yaml"), comm)
     check_shared_folder(folder, comm)
@@ -181,7 +194,7 @@ def _continue_run(folder: Path, config: Config, comm: Comm, stop_requests: StopR
             if snapshot
             else initial_state(assembly)
         )
-        return _train(assembly, state, folder, stop_requests)
+        return _train(assembly, state, folder, stop_requests, quiet)
 
 
 def _restore_files(folder: Path, snapshot: Checkpoint | None, assembly: Assembly) -> None:
@@ -228,7 +241,9 @@ def _hold_on_rank_0(comm: Comm, acquire: Callable[[], AbstractContextManager]) -
         yield
 
 
-def _train(assembly: Assembly, state: State, folder: Path, stop_requests: StopRequests) -> int:
+def _train(
+    assembly: Assembly, state: State, folder: Path, stop_requests: StopRequests, quiet: bool
+) -> int:
     """Train the rounds that are left, or until a stop request; returns the exit code."""
     config, comm = assembly.config, assembly.federation.comm
     federation = assembly.federation
@@ -247,7 +262,8 @@ def _train(assembly: Assembly, state: State, folder: Path, stop_requests: StopRe
             if comm.dead_ranks:
                 line = recovery_line(comm.dead_ranks, comm, state.round)
                 _report_rank_failure(log, f"{line}, from what was on disk")
-        rounds = _Rounds(assembly, folder, stop_requests, log, sinks, state.round)
+        progress = None if quiet else Progress(config.rounds, state.round)
+        rounds = _Rounds(assembly, folder, stop_requests, log, sinks, state.round, progress)
         survival = Survival(
             lambda size: worker_ranks(config, size),
             config.mix,
@@ -258,7 +274,7 @@ def _train(assembly: Assembly, state: State, folder: Path, stop_requests: StopRe
         with collect_interrupts(stop_requests, rounds.lost_line, tells=log is not None):
             state = train_to_end(training, rounds.advance, survival)
     is_done = state.round >= config.rounds
-    if log:
+    if log and not quiet:
         print(
             f"{escape_line(folder)}: "
             + (
@@ -285,7 +301,8 @@ def _open_log(config: Config, folder: Path, stack: ExitStack) -> tuple[Log, list
 class _Rounds:
     """The steps of a run's loop, with its files and messages.
 
-    log: on rank 0 alone; sinks: what is written beside it; first_round: rounds done before.
+    log: on rank 0 alone; sinks: what is written beside it; first_round: rounds done before;
+    progress: prints the rounds.
     """
 
     def __init__(
@@ -296,10 +313,11 @@ class _Rounds:
         log: Log | None,
         sinks: Sequence[Sink],
         first_round: int,
+        progress: Progress | None,
     ) -> None:
         self._assembly, self._config, self._folder = assembly, assembly.config, folder
         self._stop_requests, self._log, self._sinks = stop_requests, log, sinks
-        self._progress = Progress(assembly.config.rounds, first_round)
+        self._progress = progress
         self._logged_round, self._stops = first_round, False
 
     def advance(self, training: Training) -> Training:
@@ -354,7 +372,8 @@ class _Rounds:
         ranks = row.pop("seconds_ranks")
         for sink in (self._log, *self._sinks):
             sink.append(round_, row, clients, ranks)
-        self._progress.show(round_, row)
+        if self._progress:
+            self._progress.show(round_, row)
 
 
 def _report_rank_failure(log: Log, line: str) -> None:

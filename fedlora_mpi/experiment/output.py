@@ -18,6 +18,7 @@ import torch
 from .. import __version__
 from .. import config as configs
 from ..config import Config
+from ..data.datasets import Data
 from ..mpi.comm import Comm
 from ..mpi.ending import collectively
 from ..store import checkpoint
@@ -31,12 +32,15 @@ from .assembly import Assembly
 from .fingerprint import (
     RECORDED_KINDS,
     Inventory,
+    data_digests,
     describe_difference,
     describe_platforms,
+    local_platform,
     platform_dependent_kinds,
     recorded_inventory,
 )
 
+_REFERENCE = "when the run began"
 _FORMER_LEAF = re.compile(r"shared \.(svd\.(round|numbers)$|turn\.round$|last\.|told\.)")
 
 
@@ -159,11 +163,7 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
     assert assembly.inventory is not None  # ``build`` sets it
     _check_vocabulary(folder, assembly)
     _check_weight_files(folder, assembly)
-    recorded, current, reference = (
-        _recorded_inventory(folder),
-        recorded_inventory(assembly.inventory),
-        "when the run began",
-    )
+    recorded, current = _recorded_inventory(folder), recorded_inventory(assembly.inventory)
     config_digests = (
         configs.digest(config) for config in (recorded_config(folder, ()), assembly.config)
     )
@@ -171,23 +171,44 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
     if not recorded or len({*config_digests}) > 1:
         return
     recorded = _without_former_leaves(recorded, current)
-    platform_change = describe_platforms(recorded["platform"], current["platform"], reference)
+    platform_change = describe_platforms(recorded["platform"], current["platform"], _REFERENCE)
     for kind in RECORDED_KINDS:
         if (
             kind != "platform"
             and recorded[kind] != current[kind]
             and not (platform_change and kind in platform_dependent_kinds(assembly.config))
         ):
-            then = f"{reference} (log.h5)"  # the file that is damaged, if nothing has changed
-            text = f"{folder}: {describe_difference(kind, recorded[kind], current[kind], then)[1]}"
-            place = f" in data.{assembly.config.data.source.place}" if kind == "data" else ""
-            raise ValueError(f"{text}; put back what was{place}, or start anew with another output")
+            raise _change(folder, assembly.config, kind, recorded, current)
     if platform_change:
         line = (
             f"{folder}: {platform_change}: from here on bits may differ from those of this run on "
             "the machine it began on"
         )
         print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
+
+
+def check_data_unchanged(folder: Path, config: Config, data: Data) -> None:
+    """Raise ValueError if ``data`` are not those that the run in ``folder`` began with.
+
+    Nothing is compared for an older run, which did not record its data, and for data that another
+    machine computes with other last bits.
+    """
+    recorded = _recorded_inventory(folder)
+    current: Inventory = {"data": data_digests(data)}
+    if not recorded or recorded["data"] == current["data"]:
+        return
+    if recorded["platform"] == local_platform() or "data" not in platform_dependent_kinds(config):
+        raise _change(folder, config, "data", recorded, current)
+
+
+def _change(
+    folder: Path, config: Config, kind: str, recorded: Inventory, current: Inventory
+) -> ValueError:
+    """The error for what has changed since the run began, and how to go on."""
+    reference = f"{_REFERENCE} (log.h5)"  # the file that is damaged, if nothing has changed
+    text = f"{folder}: {describe_difference(kind, recorded[kind], current[kind], reference)[1]}"
+    place = f" in data.{config.data.source.place}" if kind == "data" else ""
+    return ValueError(f"{text}; put back what was{place}, or start anew with another output")
 
 
 def _without_former_leaves(recorded: Inventory, current: Inventory) -> Inventory:

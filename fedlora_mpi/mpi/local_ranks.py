@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from .launch import launch_command
@@ -49,9 +49,15 @@ def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return settings | kept
 
 
-def run_ranks(ranks: int, arguments: Sequence[str], is_tolerant: bool) -> int:
+def run_ranks(
+    ranks: int,
+    arguments: Sequence[str],
+    is_tolerant: bool,
+    write: Callable[[str], object] | None = None,
+) -> int:
     """Run the command ``arguments`` on several ranks, wait for them, and return the exit code.
 
+    write: gets what they print, line by line; None: they print it to the streams of this process.
     The first Ctrl-C asks the ranks to stop at the end of a round, the second ends them at once.
     Raises ValueError if there is no launcher.
     """
@@ -60,15 +66,28 @@ def run_ranks(ranks: int, arguments: Sequence[str], is_tolerant: bool) -> int:
     # In a process group of its own: a terminal sends Ctrl-C to this process alone. Such a group
     # must not read from the terminal, and no rank does.
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, env=launch_environment(os.environ), process_group=0
+        command,
+        stdin=subprocess.DEVNULL,
+        env=launch_environment(os.environ),
+        process_group=0,
+        stdout=None if write is None else subprocess.PIPE,
+        stderr=None if write is None else subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
     interrupts: list[int] = []
     try:
         with _pass_signals_on(process, interrupts):
+            if write is not None and process.stdout is not None:
+                for line in process.stdout:
+                    write(line)
             code = process.wait()
     except BaseException:
         process.terminate()
         raise
+    finally:
+        if process.stdout:
+            process.stdout.close()
     return INTERRUPTED_EXIT if len(interrupts) > 1 else code if code >= 0 else 128 - code
 
 
