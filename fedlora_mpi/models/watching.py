@@ -117,9 +117,9 @@ def name_head(module: nn.Module, x: Tensor, trace: ForwardTrace, head: str) -> F
     owners = [name for name, part in parts.items() if name and _has_parameters(part)]
     if head not in owners:
         matches = get_close_matches(head, owners, n=1)
-        suggestion = f". Did you mean {matches[0]}?" if matches else ""
         raise ValueError(
-            f"head = {head}: is no module with parameters; there are {', '.join(owners)}{suggestion}"
+            f"head = {head}: is no module with parameters; there are {', '.join(owners)}"
+            + (f". Did you mean {matches[0]}?" if matches else "")
         )
     leaves = frozenset(f"{head}.{name}" for name, _ in parts[head].named_parameters())
     if not _reaches_logits(module, x, head):
