@@ -26,6 +26,15 @@ def retain_freed_memory() -> None:
             mallopt(option, value)
 
 
+def silence_vmap_fallbacks() -> None:
+    """Turn off torch's warning that vmap computes an operation for one client after another.
+
+    There is nothing to do about it: a stack is still faster, 2.8 times for an EmbeddingBag (20
+    clients, one core).
+    """
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+
+
 def select_device(engine: Engine, worker: int | None) -> torch.device:
     """The device of the ``worker``-th worker of this node (None: a rank that hosts no client).
 

@@ -68,7 +68,7 @@ def _logits_field(output: Any, classes: int, requested: Field | None) -> Field:
         return "logits" if "logits" in fitting else fitting[0]
     text = f"name: the model gives {describe_output(output)} for 2 samples"
     if fitting:
-        raise ValueError(f"{text}; name the field of the logits, such as output: {fitting[0]}")
+        raise ValueError(f"{text}; name the field of the logits, such as model.output={fitting[0]}")
     raise ValueError(f"{text}, none of which is [2, {classes}]")
 
 
