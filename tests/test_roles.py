@@ -301,6 +301,15 @@ def test_leaves_that_differ_in_the_numbers_of_layers_share_a_row():
     assert "(4 leaves)" in norm and norm.split()[-4:] == ["[64]", "to", "[512]", "norm"]
 
 
+def test_the_table_shows_the_low_rank_part_of_a_frozen_weight():
+    module = odd_networks.Net(CLASSES, SHAPE)
+    module.hidden.requires_grad_(False)
+    network = from_module(module, CLASSES, SHAPE)
+    rows = [line.split("  ") for _, line in leaf_lines(network, {"hidden.weight": 3}, ("head",))]
+    cells = {row[0]: [cell.strip() for cell in row[1:] if cell] for row in rows}
+    assert cells["hidden.weight"] == ["[6, 64]", "body, frozen", "rank 3 of 6x64"]
+
+
 # What the config names
 
 
