@@ -133,6 +133,56 @@ class Own(Net):
         self.fc = Dense(6, classes)
 
 
+class Called(Own):
+    """A Linear of a user's own that calls torch's function."""
+
+    def __init__(self, classes, shape):
+        super().__init__(classes, shape)
+        self.fc = CallingDense(6, classes)
+
+
+class CallingDense(Dense):
+    def forward(self, x):
+        return F.linear(x, self.kernel.mT, self.offset)
+
+
+class Calibrated(Net):
+    """A number for all logits follows the classifier."""
+
+    def __init__(self, classes, shape):
+        super().__init__(classes, shape)
+        self.scale = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.scale(self.fc(self.z(x))[..., None])[..., 0]
+
+
+class Deep(Net):
+    """Two layers that a user may call a head."""
+
+    def __init__(self, classes, shape):
+        super().__init__(classes, shape)
+        self.end = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, classes))
+        del self.fc
+
+    def forward(self, x):
+        return self.end(self.z(x))
+
+
+class Shared(nn.Module):
+    """A classifier that has its only parameter from the layer before it."""
+
+    def __init__(self, classes, shape):
+        super().__init__()
+        self.first = nn.Linear(shape[0] * shape[1] * shape[2], classes)
+        self.body = nn.Linear(classes, classes, bias=False)
+        self.fc = nn.Linear(classes, classes, bias=False)
+        self.fc.weight = self.body.weight
+
+    def forward(self, x):
+        return self.fc(F.relu(self.body(self.first(x.flatten(1)))))
+
+
 class Cosine(Net):
     """Logits are scaled cosines, made of the classifier's weight as a function."""
 

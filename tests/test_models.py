@@ -230,7 +230,7 @@ def two_outputs(classes, shape):
     "name, options, text",
     [
         ("test_models:wrong_classes", {}, r"gives \[2, 7\] for 2 samples, not \[2, 6\]"),
-        ("test_models:two_outputs", {}, r"gives tuple for 2 samples"),
+        ("test_models:two_outputs", {}, r"gives tuple with 0 \[2, 6\], 1 \[2, 6\]"),
         ("test_models:cumulative", {}, "layer 0 has momentum None"),
         ("test_models:demanding", {}, r"refuses inputs of shape \[3, 7, 5\]: Wrong image height"),
         ("test_models:numbers", {}, "cannot be built"),

@@ -344,6 +344,94 @@ def test_a_network_that_no_stack_can_train_takes_the_loop_with_one_hint(name, te
     assert not (texts / "refused").exists()
 
 
+class Rows(nn.Module):
+    """The rows of an image as a sequence for a recurrent layer."""
+
+    def __init__(self, layer, classes, shape):
+        super().__init__()
+        self.layer = layer(shape[2], 5, batch_first=True)
+        self.head = nn.Linear(5, classes)
+
+    def forward(self, x):
+        return self.head(self.layer(x[:, 0])[0][:, -1])
+
+
+def lstm_of_rows(classes, shape):
+    return Rows(nn.LSTM, classes, shape)
+
+
+def gru_of_rows(classes, shape):
+    return Rows(nn.GRU, classes, shape)
+
+
+def rnn_of_rows(classes, shape):
+    return Rows(nn.RNN, classes, shape)
+
+
+class Picking(Mid):
+    """Reads numbers of its features."""
+
+    def forward(self, x):
+        return self.head(self.conv(x).flatten(1)) * (1 if x.sum() > 0 else 2)
+
+
+def picking(classes, shape):
+    return Picking(classes, shape)
+
+
+class Bags(nn.Module):
+    """Pixels as words of bags; vmap computes an EmbeddingBag for one client after another."""
+
+    def __init__(self, classes, shape):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(9, 5), nn.Linear(5, classes)
+
+    def forward(self, x):
+        return self.head(self.bag((3 * x.flatten(1)).long().clamp(0, 8)))
+
+
+def bags(classes, shape):
+    return Bags(classes, shape)
+
+
+NO_RULE = "torch.func.vmap has no rule for aten::"
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("lstm_of_rows", f"{NO_RULE}lstm"),
+        pytest.param("gru_of_rows", f"{NO_RULE}gru", marks=thorough),
+        pytest.param("rnn_of_rows", f"{NO_RULE}rnn_tanh", marks=thorough),
+        ("picking", "it reads numbers of a tensor, for .item() or a condition"),
+    ],
+)
+def test_the_hint_says_briefly_why_a_stack_is_impossible(name, reason, capsys):
+    build(tiny_config(f"model={HERE}:{name}", "engine.path=auto"), "c", Solo())
+    assert capsys.readouterr().err == (
+        f"hint: engine.path = auto: {HERE}:{name} cannot train in a stack ({reason}); clients "
+        "train one by one (engine.path=loop says so from the start)\n"
+    )
+
+
+def test_what_a_stack_computes_one_by_one_stays_in_it_without_a_warning(capsys, recwarn):
+    assembly = build(tiny_config(f"model={HERE}:bags", "engine.path=auto"), "c", Solo())
+    assert assembly.config.engine.path == "stack"
+    run_rounds(f"model={HERE}:bags", "rounds=1")
+    assert not [w for w in recwarn if "performance drop" in str(w.message)]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["picking", pytest.param("lstm_of_rows", marks=thorough)])
+def test_a_network_that_torch_cannot_compile_is_refused_before_a_run(name, tmp_path, capsys):
+    which = (f"model={HERE}:{name}", "engine.path=loop", "engine.compile=true")
+    assert cli.main(["run", str(TINY), *which, f"output={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert f"engine.compile = true: {HERE}:{name} cannot be compiled (" in said
+    assert said.endswith("); set engine.compile=false\n") and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_stack_with_other_gradients_takes_the_loop(texts, capsys):
     assert not zoo.build(f"{HERE}:with_padding", {}, 2, (6,), 1, 20).couples
     loop = ran(texts, "with_padding", "engine.path=loop")

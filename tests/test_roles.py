@@ -3,6 +3,7 @@ does; and said so.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import odd_networks
 import pytest
@@ -20,10 +21,13 @@ from fedlora_mpi.algorithms.lg_fedavg import LGFedAvg
 from fedlora_mpi.algorithms.moon import MOON
 from fedlora_mpi.cli import main
 from fedlora_mpi.components.lowrank import LowRank, as_weight, matrix_shape, skipped_weights
+from fedlora_mpi.config import read
+from fedlora_mpi.config.reading import resolved_dict
 from fedlora_mpi.core.names import factor_name, factors_by_weight
 from fedlora_mpi.core.seeds import isolate_rng, rng
 from fedlora_mpi.models.network import Leaf, from_module
 from fedlora_mpi.models.zoo import build
+from fedlora_mpi.plan.roles import leaf_lines
 
 
 def model(name):
@@ -40,6 +44,7 @@ def images(number=3):
 
 
 FC = {"fc.weight", "fc.bias"}
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @pytest.mark.parametrize(
@@ -258,39 +263,149 @@ SLOW = ("engine.path=loop", "train.lr=0.01")
 
 
 def said(capsys, *given):
+    """The title of each line of a plan, and the line after it; rows of the table by their leaf."""
     assert main(["plan", str(TINY), *SLOW, *given]) == 0
-    return [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()[1:]
+    return dict((line.split(maxsplit=1) + [""])[:2] for line in lines)
 
 
-def test_a_plan_shows_roles_and_ranks(capsys, unmeasured):
-    lines = said(capsys, "model=odd_networks:Volumes")
-    shown = dict(line for line in lines if len(line) == 2)
-    assert (
-        "deep" in shown["body"]
-        and shown["head"] == "44 numbers in fc"
-        and shown["norm"] == "20 numbers in norm"
-    )
-    assert (
-        "deep.weight 4 of 12x6" in shown["low-rank"]
-        and "attend.k_proj_weight 2 of 4x3" in shown["low-rank"]
-    )
-    assert shown["no"] == (
-        "rank    3 weights: table.weight (an embedding, a table of rows), norm.weight (of a "
-        "normalisation layer), norm.bias (of a normalisation layer)"
-    )
+def test_a_plan_shows_a_table_of_roles_and_ranks(capsys, unmeasured):
+    shown = said(capsys, "model=odd_networks:Volumes")
+    assert shown["head"] == "fc, found by a forward pass"
+    assert shown["leaves"].split() == ["leaf", "shape", "role", "low-rank", "part"]
+    table = {name: row.split("  ") for name, row in shown.items()}
+    cells = {name: [cell.strip() for cell in row if cell] for name, row in table.items()}
+    assert cells["deep.weight"] == ["[4, 1, 3, 3, 2]", "body", "rank 4 of 12x6"]
+    assert cells["attend.k_proj_weight"] == ["[4, 3]", "body", "rank 2 of 4x3"]
+    assert cells["fc.bias"] == ["[4]", "head", "no"]
+    assert cells["table.weight"] == ["[3, 4]", "body", "no: an embedding, a table of rows"]
+    assert cells["norm.weight"] == ["[2, 5]", "norm", "no: of a normalisation layer"]
+    assert model("Volumes").leaves.keys() <= shown.keys()
 
 
 def test_a_plan_of_any_method_shows_roles(capsys, unmeasured):
-    lines = dict(
-        line
-        for line in said(capsys, "model=odd_networks:Net", "algorithm=fedper")
-        if len(line) == 2
+    shown = said(capsys, "model=odd_networks:Net", "algorithm=fedper")
+    assert shown["leaves"].split() == ["leaf", "shape", "role"]
+    assert shown["fc.weight"].split() == ["[4,", "6]", "head"]
+    assert shown["hidden.weight"].split() == ["[6,", "64]", "body"]
+
+
+def test_leaves_that_differ_in_the_numbers_of_layers_share_a_row():
+    network = build("transformer", {"layers": 3}, CLASSES, (12,), 1, tokens=30)
+    rows = [line for _, line in leaf_lines(network, LowRank().ranks(network), ())]
+    assert len(rows) < 25 < len(network.leaves)
+    (attention,) = [row for row in rows if row.startswith("blocks.*.attention.in_proj_weight")]
+    assert "(3 leaves)" in attention and attention.endswith("body  rank 38 of 192x64")
+    wide = build("resnet10", {}, CLASSES, (3, 32, 32), 1)
+    (norm,) = [line for _, line in leaf_lines(wide, {}, ()) if line.startswith("layers.*.bn1.weig")]
+    assert "(4 leaves)" in norm and norm.split()[-4:] == ["[64]", "to", "[512]", "norm"]
+
+
+def test_the_table_shows_the_low_rank_part_of_a_frozen_weight():
+    module = odd_networks.Net(CLASSES, SHAPE)
+    module.hidden.requires_grad_(False)
+    network = from_module(module, CLASSES, SHAPE)
+    rows = [line.split("  ") for _, line in leaf_lines(network, {"hidden.weight": 3}, ("head",))]
+    cells = {row[0]: [cell.strip() for cell in row[1:] if cell] for row in rows}
+    assert cells["hidden.weight"] == ["[6, 64]", "body, frozen", "rank 3 of 6x64"]
+
+
+# What the config names
+
+
+def named(name, **keys):
+    return build(f"odd_networks:{name}", {}, CLASSES, SHAPE, 1, **keys)
+
+
+@pytest.mark.parametrize(
+    "name, head, features",
+    [
+        ("Net", "hidden", False),
+        ("Net", "fc", True),
+        ("Parallel", "other", False),
+        ("Calibrated", "fc", False),
+        ("Deep", "end", False),
+        ("Deep", "end.2", True),
+    ],
+)
+def test_the_config_may_name_the_head(name, head, features):
+    network = named(name, head=head)
+    expected = {n for n in network.leaves if n.startswith(f"{head}.")}
+    assert (network.head, heads(network)) == (head, expected) and expected
+    assert network.ends_in_linear == features
+    assert FedPer().init(network, rng(1)).personal.keys() == expected
+
+
+def test_a_layer_that_rescales_the_logits_is_the_head_unless_another_is_named():
+    assert named("Calibrated").head == "scale"
+
+
+@pytest.mark.parametrize(
+    "name, head, text",
+    [
+        ("Thrown", "dead", "head = dead: does not enter the logits; without the key it is fc"),
+        ("Thrown", "auxiliary", "head = auxiliary: does not enter the logits"),
+        ("Net", "hiden", "no module with parameters; there are fc, hidden. Did you mean hidden.$"),
+        ("Wrapped", "net.0", "no module with parameters; there are net, net.1, net.1.fc, net.1.h"),
+        ("Shared", "fc", "head = fc: all its parameters are those of other layers too"),
+    ],
+)
+def test_a_head_that_is_none_is_refused(name, head, text):
+    with pytest.raises(ValueError, match=text):
+        named(name, head=head)
+
+
+def test_a_named_head_may_lie_in_a_pass_that_forbids_gradients():
+    class Forbids(odd_networks.Net):
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x)
+
+    network = from_module(Forbids(CLASSES, SHAPE), CLASSES, SHAPE, head="fc")
+    assert heads(network) == FC
+
+
+def test_a_users_linear_that_calls_the_function_is_the_head():
+    assert model("Called").head == "fc" and heads(model("Called")) == {"fc.kernel", "fc.offset"}
+
+
+def test_a_run_trains_with_a_named_head_and_names_a_wrong_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    which = ("rounds=1", "algorithm=fedper", "model=odd_networks:Deep", *SLOW)
+    assert main(["run", str(TINY), *which, "model.head=end"]) == 0
+    from fedlora_mpi import open_run
+
+    personal = open_run(tmp_path / "run").client(0).variables.personal
+    assert personal.keys() == {f"end.{n}.{m}" for n in (0, 2) for m in ("weight", "bias")}
+    assert "\n  head: end\n" in (tmp_path / "run/config.yaml").read_text()
+    assert main(["run", str(TINY), *which, "model.head=no", "output=no"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "tiny.yaml: model.head = no: is no module with parameters; there are" in line
+    assert not (tmp_path / "no").exists()
+
+
+HEADS = {
+    "resnet8": "fc",
+    "cifar_resnet8": "fc",
+    "cnn": "9",
+    **{f"cnn{number}": "11" for number in range(1, 6)},
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_head_of_a_network_of_the_package_is_what_naming_it_gives(name):
+    found, asked = (
+        build(name, {}, CLASSES, (3, 32, 32), 1, head=head) for head in (None, HEADS[name])
     )
-    assert (
-        lines["head"] == "28 numbers in fc"
-        and lines["body"] == "390 numbers in hidden"
-        and "low-rank" not in lines
-    )
+    assert found.head == HEADS[name] and found.all_leaves == asked.all_leaves
+    assert heads(found) == {f"{found.head}.weight", f"{found.head}.bias"} and found.output is None
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_config_that_names_no_head_is_recorded_as_before(path):
+    block = resolved_dict(read(path))["model"]
+    for network in block.get("mix", [block]):
+        assert not {"head", "output"} & network.keys()
 
 
 @pytest.mark.parametrize(

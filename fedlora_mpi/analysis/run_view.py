@@ -234,7 +234,14 @@ class RunView:
         text_inputs = [int(stored.get(name, [0])[0]) for name in ("input_tokens", "input_padding")]
         inputs = (self.partition.train_counts.shape[1], shape, config.seed, *text_inputs)
         if all(file.is_file() for origin in block.origins for file in origin.files):
-            return build(block.name, block.options, *inputs, weights=block.weights)
+            return build(
+                block.name,
+                block.options,
+                *inputs,
+                weights=block.weights,
+                head=block.head,
+                output=block.output,
+            )
         saved_config = self.path / f"network-{number}.json"
         if saved_config.is_file():
             self._files.read_text(saved_config.name)  # raises if it is damaged
@@ -243,7 +250,7 @@ class RunView:
             if saved_config.is_file()
             else block.options
         )
-        model = build(block.name, options, *inputs)
+        model = build(block.name, options, *inputs, head=block.head, output=block.output)
         on_meta = {n: v.to("meta") for n, v in model.all_values.items()}
         constants = {n: on_meta.get(n, v) for n, v in model.constants.items()}
         return replace(model, initial={n: on_meta[n] for n in model.initial}, constants=constants)

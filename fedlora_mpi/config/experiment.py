@@ -43,6 +43,8 @@ class Network:
     name: str
     options: Mapping[str, Any]
     weights: str | None = None  # None: initial weights drawn from the seed
+    head: str | None = None  # the module that is the head; None: found by a forward pass
+    output: str | int | None = None  # the field of the logits; None: the output or its clear field
 
     @property
     def origins(self) -> list[zoo.Origin]:

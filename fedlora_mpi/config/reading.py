@@ -71,6 +71,7 @@ _PATH_KEYS = (
     "data.table.test",
     "model.folder",
 )
+_NETWORK_KEYS = ("weights", "head", "output")  # of every network, beside its own options
 _NULLABLE_PATH_KEYS = ("data.text.tokenizer", "data.path", "model.weights")
 _CHECKSUM_PREFIX = "# Checksum of what follows: "
 _RESET_PREFIX = "# Hint: "
@@ -246,8 +247,9 @@ def _model_tree(model: ModelBlock) -> dict[str, Any]:
 
 
 def _network_tree(network: Network) -> dict[str, Any]:
-    weights_key = {} if network.weights is None else {"weights": network.weights}
-    return {"name": network.name} | weights_key | blocks.to_plain(network.options)
+    shared_keys = {name: getattr(network, name) for name in _NETWORK_KEYS}
+    given_keys = {name: value for name, value in shared_keys.items() if value is not None}
+    return {"name": network.name} | given_keys | blocks.to_plain(network.options)
 
 
 def resolved_yaml(config: Config) -> str:
@@ -411,10 +413,11 @@ def _build_network(value: Any, key: str, origin: Origin) -> Network:
         if builder
         else dict.fromkeys(options, Field(partial(blocks.check_type, Any)))
     )
-    known_fields["weights"] = blocks.config_fields(Network)["weights"]
+    network_fields = blocks.config_fields(Network)
+    known_fields |= {name: network_fields[name] for name in _NETWORK_KEYS}
     values = blocks.read_block(known_fields, options, key, origin, owner=name)
-    weights = values.pop("weights")
-    return Network(name, MappingProxyType(values), weights)
+    shared_values = {name: values.pop(name) for name in _NETWORK_KEYS}
+    return Network(name, MappingProxyType(values), **shared_values)
 
 
 def _build_algorithm(value: Any, key: str, origin: Origin) -> Algorithm:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.utils._pytree as pytree
@@ -38,9 +38,13 @@ def need_compiler() -> None:
 
 
 class StepCompiler:
-    """The compiled functions of a trainer; a step is compiled when it first runs."""
+    """The compiled functions of a trainer; a step is compiled when it first runs.
 
-    def __init__(self) -> None:
+    backend: of torch.compile; ``eager`` only finds out whether the steps can be compiled.
+    """
+
+    def __init__(self, backend: Literal["inductor", "eager"] = "inductor") -> None:
+        self._backend = backend
         # each with the objects that its key knows by id, to keep them alive
         self._graphs: dict[tuple, tuple[Callable, list[Any]]] = {}
 
@@ -65,7 +69,9 @@ class StepCompiler:
                 # never run the step uncompiled: its last bits would depend on the ranks
                 evict_oldest(self._graphs, _MAX_GRAPHS)
                 self._graphs[key] = (
-                    _compile_step(step, (*fixed_args, *args), fixed_tensors + arg_tensors),
+                    _compile_step(
+                        step, (*fixed_args, *args), fixed_tensors + arg_tensors, self._backend
+                    ),
                     kept_alive,
                 )
             with torch.no_grad():
@@ -92,7 +98,7 @@ def split_tensors(values: tuple) -> tuple[list[Tensor], tuple]:
     )
 
 
-def _compile_step(step: Callable, args: tuple, tensors: Sequence[Tensor]) -> Callable:
+def _compile_step(step: Callable, args: tuple, tensors: Sequence[Tensor], backend: str) -> Callable:
     """Return ``step(*args)`` as a compiled function of the tensors in ``args``."""
     flat, spec = pytree.tree_flatten(args)
 
@@ -106,7 +112,7 @@ def _compile_step(step: Callable, args: tuple, tensors: Sequence[Tensor]) -> Cal
 
     # on copies, because tracing runs the step
     graph = make_fx(step_of_tensors)(*map(_clone_strided, tensors))
-    return torch.compile(graph, fullgraph=True, dynamic=False)
+    return torch.compile(graph, fullgraph=True, dynamic=False, backend=backend)
 
 
 def _clone_strided(v: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import ctypes
 import ctypes.util
+from typing import Any
 
 import torch
 
@@ -24,6 +25,17 @@ def retain_freed_memory() -> None:
     if mallopt:
         for option, value in _MALLOPT.items():
             mallopt(option, value)
+
+
+def silence_vmap_fallbacks() -> None:
+    """Turn off torch's warning that vmap computes an operation for one client after another.
+
+    There is nothing to do about it: a stack is still faster, 2.8 times for an EmbeddingBag (20
+    clients, one core).
+    """
+    # torch declares no such function
+    functorch: Any = torch._C._functorch
+    functorch._set_vmap_fallback_warning_enabled(False)
 
 
 def select_device(engine: Engine, worker: int | None) -> torch.device:

@@ -7,6 +7,7 @@ embedding with ``padding_idx``, have other gradients under it.
 """
 
 import copy
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from ..core.tree import Tree, numel, tmap
 from ..data.feed import Feed
 from ..models.network import Model
 from ..models.zoo import is_external
+from .compiled import StepCompiler
 from .method_guard import MethodMistake, guard_items, is_package_method, need_layout
 from .settings import Engine
 from .train import Trainer
@@ -78,8 +80,23 @@ def rehearse_engine(
 
     requested: the engine of the config; candidates: name, trainer and variables in round 1 of each
     network; method: the name of the method. Raises ValueError if not even the loop trains, if the
-    config requests a stack and a network cannot train in one, or for a mistake of a user's method.
+    config requests a stack or compilation and a network is not capable of it, or for a mistake of a
+    user's method.
     """
+    engine = _choose_path(engine, requested, candidates, method)
+    if requested.compile:
+        for name, trainer, initial in candidates:
+            _check_compilation(name, trainer, initial, engine.path == "stack")
+    return engine
+
+
+def _choose_path(
+    engine: Engine,
+    requested: Engine,
+    candidates: Sequence[tuple[str, Trainer, Variables]],
+    method: str,
+) -> Engine:
+    """Return ``rehearse_engine`` without a trial of compilation."""
     for name, trainer, initial in candidates:
         try:
             verdict = None
@@ -130,6 +147,32 @@ def check_one_client(trainer: Trainer, initial: Variables) -> None:
         raise _training_error(error) from error
 
 
+def _check_compilation(name: str, trainer: Trainer, initial: Variables, stacked: bool) -> None:
+    """Raise ValueError if torch cannot compile the steps. It traces them, which takes seconds; what
+    may take a minute is left to the run.
+    """
+    batch_size = min(_BATCH_SIZE, trainer.settings.batch_size)
+    trial = _make_trainer(trainer, (batch_size, batch_size), (1, 1), torch.float32, stacked)
+    trial = replace(trial, step_compiler=StepCompiler("eager"))
+    try:
+        _play_round(trial, initial, [0, 1] if stacked else [0])
+    except Exception as error:  # torch raises many types
+        raise ValueError(
+            f"engine.compile = true: {name} cannot be compiled ({error_text(error)}); set "
+            "engine.compile=false"
+        ) from error
+
+
+def _why_no_stack(error: Exception) -> str:
+    """The reason of ``torch.func.vmap`` in few words, or its message."""
+    text = str(error)
+    if ".item()" in text or "data-dependent control flow" in text:
+        return "it reads numbers of a tensor, for .item() or a condition"
+    if operation := re.search(r"aten::\w+", text):
+        return f"torch.func.vmap has no rule for {operation[0]}"
+    return error_text(error)
+
+
 def error_text(error: Exception) -> str:
     """An error as part of a line of text."""
     text = " ".join(str(error).split())
@@ -170,7 +213,7 @@ def _compare_paths(trainer: Trainer, initial: Variables, dtype: torch.dtype) -> 
     try:
         stack_outcome = _play_round(stack, initial, [0, 1])
     except Exception as error:
-        return Objection(f"cannot train in a stack ({error_text(error)})", raises=True)
+        return Objection(f"cannot train in a stack ({_why_no_stack(error)})", raises=True)
     if loop_outcome.is_close_to(stack_outcome, _TOLERANCES[_lowest_precision(initial)]):
         return None
     return Objection("has other gradients or results in a stack than one by one", raises=False)

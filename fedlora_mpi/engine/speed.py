@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -77,7 +78,8 @@ def measure_engines(
     best = fastest_speed(speeds, samples)
     if not engine.compile and samples * best.sample_seconds > _WORTH_COMPILING and find_compiler():
         compiled = replace(best.engine, compile=True)
-        speeds.append(measure_speed(compiled, trainers(compiled)))
+        with suppress(RuntimeError):  # torch cannot compile every network of a user
+            speeds.append(measure_speed(compiled, trainers(compiled)))
     return speeds
 
 

@@ -14,7 +14,7 @@ from ..core.paths import expand_home
 from ..core.scheduling import assign_groups
 from ..data.partition import Split
 from ..data.texts import Vocabulary
-from ..engine.device import retain_freed_memory, select_device
+from ..engine.device import retain_freed_memory, select_device, silence_vmap_fallbacks
 from ..engine.train import ClientFeed
 from ..federation.client_store import DiskRows
 from ..federation.clients import Clients, ClientType
@@ -60,6 +60,7 @@ def build(config: Config, source: str, comm: Comm, requested_path: RequestedPath
     Raises Refusal on all ranks for the user's mistakes. Rank 0 downloads while the others wait.
     """
     retain_freed_memory()
+    silence_vmap_fallbacks()
     if config.data.source.download:
         collectively(comm, lambda: load_data(config, source) if comm.rank == 0 else None)
     workers = worker_ranks(config, comm.size)

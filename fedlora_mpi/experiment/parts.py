@@ -49,7 +49,14 @@ def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
             raise ValueError(f"{source}: data.text.tokenizer = null: {reason}")
         with prefix_errors(source, "model"):
             models.append(
-                build_model(network.name, network.options, *builder_inputs, weights=network.weights)
+                build_model(
+                    network.name,
+                    network.options,
+                    *builder_inputs,
+                    weights=network.weights,
+                    head=network.head,
+                    output=network.output,
+                )
             )
         with prefix_errors(source, "algorithm"):
             config.algorithm.check(models[-1], config.train)

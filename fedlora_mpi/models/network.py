@@ -29,11 +29,12 @@ from ..core.tree import Tree
 from .counting import forward_with_flops
 from .effects import Effects
 from .matrices import matrix_kind, why_no_matrix
+from .output_field import Field, TakeField, describe_output, find_field
 from .purity import check_functional, find_effects, trial_inputs
 from .substitutes import Substitutes
 from .ties import find_leaf_names, find_ties, named_tensors, restore_ties
 from .unwrapping import copy_module, explain_refusal, has_lazy_layers, unwrap
-from .watching import ForwardTrace, Matrix, owning_module, trace_forward
+from .watching import ForwardTrace, Matrix, name_head, owning_module, trace_forward
 
 Role = Literal["body", "head", "norm", "stats"]
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -79,6 +80,8 @@ class Model:
     couples: bool = False
     # the head is one plain Linear that maps features [B, width] to the logits
     ends_in_linear: bool = False
+    # the field of the module's own output that holds the logits; None if it returns them alone
+    output: Field | None = None
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
         return self._call(self.modules[self.training], self.leaf_names[0], tree, x, self.effects)
@@ -205,11 +208,22 @@ class Model:
         return module
 
 
-def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens: int = 0) -> Model:
+def from_module(
+    module: nn.Module,
+    classes: int,
+    shape: tuple[int, ...],
+    tokens: int = 0,
+    *,
+    head: str | None = None,
+    output: Field | None = None,
+) -> Model:
     """Return the model of ``module``, whose present parameters become the initial values.
 
-    ``shape``: the shape of one input, without the batch axis. ``tokens``: as in ``Model``. Raises
-    ValueError if the module does not map [B, *shape] to [B, classes], has a BatchNorm with a
+    ``shape``: the shape of one input, without the batch axis. ``tokens``: as in ``Model``.
+    ``head``: the name of the module that is the head; None: see ``watching``. ``output``: the field
+    of the module's output that holds the logits; None: see ``output_field``.
+
+    Raises ValueError if the module does not map [B, *shape] to [B, classes], has a BatchNorm with a
     cumulative average instead of a momentum, has a parameter that cannot be trained, or is not a
     function of its parameters, buffers and inputs (see ``purity``).
     """
@@ -220,15 +234,23 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
             if layer.momentum is None:
                 raise ValueError(f"name: layer {name} has momentum None (a cumulative average)")
             layer.num_batches_tracked = None
-    traits = _probe_module(copy_module(module), classes, zeros)
+    traits = _probe_module(copy_module(module), classes, zeros, output)
+    if traits["output"] is not None:
+        module.register_forward_hook(TakeField(traits["output"]))
     x, other_inputs = trial_inputs(module, zeros, tokens)
     pass_effects, ties = find_effects(module, x, other_inputs), find_ties(module)
     trace = trace_forward(module, zeros, classes)
+    if head is not None:
+        trace = name_head(module, zeros, trace, head)
     leaves, locked, initial, constants = _classify_leaves(module, trace)
+    if head is not None and "head" not in {leaf.role for leaf in (leaves | locked).values()}:
+        raise ValueError(
+            f"head = {head}: all its parameters are those of other layers too (tied), or of "
+            "normalisation layers"
+        )
     skeleton = restore_ties(copy.deepcopy(module).to("meta"), ties)
-    head = trace.head
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
-    eval_body, train_body = (_remove_head(copy.deepcopy(m), head) for m in modules)
+    eval_body, train_body = (_remove_head(copy.deepcopy(m), trace.head) for m in modules)
     model = Model(
         leaves,
         initial,
@@ -241,9 +263,9 @@ def from_module(module: nn.Module, classes: int, shape: tuple[int, ...], tokens:
         training=True,
         modules=modules,
         bodies=(eval_body, train_body),
-        head=head,
+        head=trace.head,
         ties=ties,
-        leaf_names=find_leaf_names(modules[0], eval_body, head, ties),
+        leaf_names=find_leaf_names(modules[0], eval_body, trace.head, ties),
         effects=pass_effects,
     )
     check_functional(module, model, x)
@@ -317,27 +339,30 @@ def _zero_inputs(samples: int, shape: tuple[int, ...], tokens: int) -> Tensor:
     return torch.zeros(samples, *shape)
 
 
-def _probe_module(module: nn.Module, classes: int, x: Tensor) -> dict:
+def _probe_module(module: nn.Module, classes: int, x: Tensor, output: Field | None) -> dict:
     """Run the module in each mode on two samples; return fields of ``Model`` that this shows.
 
-    Raises ValueError unless the output is [2, classes].
+    output: as in ``from_module``. Raises ValueError unless the logits are [2, classes].
     """
     substitutes = Substitutes(None, torch.tensor(0))
     with torch.no_grad(), isolate_rng(0, "trial"), explain_refusal(x.shape[1:]):
         with substitutes:
             outputs = [module.train()(x)]
-        logits, flops = forward_with_flops(module.eval(), x)
-        outputs.append(logits)
-    for logits in outputs:
-        output_shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        if output_shape != [2, classes]:
+        evaluated, flops = forward_with_flops(module.eval(), x)
+        outputs.append(evaluated)
+    field = find_field(outputs, classes, output)
+    for value in outputs:
+        logits = value if field is None else TakeField(field)(module, (), value)
+        if not isinstance(logits, Tensor) or list(logits.shape) != [2, classes]:
+            source = "name: the model" if output is None else f"output = {output}: the field"
             raise ValueError(
-                f"name: the model gives {output_shape} for 2 samples, not [2, {classes}]"
+                f"{source} gives {describe_output(logits)} for 2 samples, not [2, {classes}]"
             )
     return {
         "flops": flops // 2,
         "batch_statistics": substitutes.met_batch_norm,
         "noisy": substitutes.met_noise,
+        "output": field,
     }
 
 

@@ -8,6 +8,7 @@ whose outputs are not used, get no gradient.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -106,6 +107,45 @@ def trace_forward(module: nn.Module, x: Tensor, classes: int) -> ForwardTrace:
     )
 
 
+def name_head(module: nn.Module, x: Tensor, trace: ForwardTrace, head: str) -> ForwardTrace:
+    """Return ``trace`` with the module ``head`` as the head.
+
+    Raises ValueError if there is no such module, or if its parameters do not enter the logits that
+    ``module`` computes of x.
+    """
+    parts = dict(module.named_modules(remove_duplicate=False))
+    owners = [name for name, part in parts.items() if name and _has_parameters(part)]
+    if head not in owners:
+        matches = get_close_matches(head, owners, n=1)
+        raise ValueError(
+            f"head = {head}: is no module with parameters; there are {', '.join(owners)}"
+            + (f". Did you mean {matches[0]}?" if matches else "")
+        )
+    leaves = frozenset(f"{head}.{name}" for name, _ in parts[head].named_parameters())
+    if not _reaches_logits(module, x, head):
+        raise ValueError(
+            f"head = {head}: does not enter the logits; without the key it is "
+            f"{trace.head or 'no single module'}"
+        )
+    return trace._replace(head=head, leaves=leaves)
+
+
+def _reaches_logits(module: nn.Module, x: Tensor, part: str) -> bool:
+    """Return whether the logits depend on a parameter of the module ``part``.
+
+    Where a pass forbids gradients, this is unknown and taken as true.
+    """
+    module = copy_module(module).eval().requires_grad_(False)
+    parameters = [*module.get_submodule(part).requires_grad_().parameters()]
+    with isolate_rng(0, "trial"), torch.enable_grad(), Substitutes(None, torch.tensor(0)):
+        logits = module(x)
+    if not logits.requires_grad:
+        with isolate_rng(0, "trial"), torch.enable_grad(), Substitutes(None, torch.tensor(0)):
+            return not module.requires_grad_()(x).requires_grad
+    gradients = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
+    return any(gradient is not None for gradient in gradients)
+
+
 class _TraceMode(TorchFunctionMode):
     """Records every product with a parameter, and detaches its output from the graph before it."""
 
@@ -172,7 +212,7 @@ class _TraceMode(TorchFunctionMode):
             isinstance(part, PRODUCT_LAYERS)
             or name in _LAYER_OPS
             and not any(part.children())
-            and any(part.parameters())
+            and _has_parameters(part)
         )
 
     def _record_matrices(self, kind: Matrix, weights: Any) -> None:
@@ -232,6 +272,10 @@ class _TraceMode(TorchFunctionMode):
 
     def _parameter(self, name: str) -> Tensor:
         return self._submodules[name.rpartition(".")[0]]._parameters[name.rpartition(".")[2]]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def _storage_key(tensor: Tensor) -> tuple[int, int]:

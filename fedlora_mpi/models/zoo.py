@@ -167,18 +167,22 @@ def build(
     padding: int = 0,
     *,
     weights: str | None = None,
+    head: str | None = None,
+    output: str | int | None = None,
 ) -> Model:
     """Return the model ``name`` with initial weights drawn from ``seed``, or read from ``weights``.
 
     ``name`` is a key of BUILDERS, ``torchvision:<model>`` (any classification model), or
     ``module:callable``. The callable gets ``classes`` and ``shape`` (for texts also ``tokens``, and
     ``padding`` if it has that parameter) and returns an nn.Module. ``weights``: see
-    ``weights.find_file``. Raises ValueError if there is no such model, if it refuses its options or
-    inputs, or if the weights are missing or do not fit.
+    ``weights.find_file``; ``head`` and ``output``: see ``network.from_module``.
+
+    Raises ValueError if there is no such model, if it refuses its options or inputs, if the weights
+    are missing or do not fit, or if it has no such head or output.
     """
     with isolate_rng(seed, "model"):
         module = _build_module(name, dict(options), classes, shape, tokens, padding)
-        model = from_module(module, classes, shape, tokens)
+        model = from_module(module, classes, shape, tokens, head=head, output=output)
         if is_external(name) and not name.startswith("torchvision:"):
             model = replace(model, couples=couples_examples(model, seed))
     if weights is None:

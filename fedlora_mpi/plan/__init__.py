@@ -19,6 +19,7 @@ from ..aggregation.flat_layout import estimate_nbytes, joint_dtype
 from ..aggregation.svd import right_vectors
 from ..algorithm import Variables
 from ..config import Config
+from ..config.experiment import Network
 from ..core.scheduling import assign_groups
 from ..core.tree import nbytes, numel, tmap
 from ..core.units import format_bytes, format_seconds
@@ -32,7 +33,7 @@ from ..mpi.comm import Solo
 from .counted import gpu_capacity
 from .devices import BANDWIDTH, BANDWIDTH_SHARE, CONTEXT_BYTES, LATENCY, PEAK_SHARE, find_device
 from .forecast import Costs, Machine, Seconds, forecast
-from .roles import decomposition_lines, role_lines
+from .roles import head_line, leaf_lines
 from .unit_costs import measure_costs, untrained_aggregate
 
 _COLUMNS = 20  # approximate number of columns of the log
@@ -193,7 +194,7 @@ def _size_lines(assembly: Assembly, ranks: int) -> list[tuple[str, str]]:
         *(
             line
             for n in sorted({t.network for t in clients.types})
-            for line in _network_lines(federation, n, config.model.mix[n].name)
+            for line in _network_lines(federation, n, config.model.mix[n])
         ),
         (
             "shared",
@@ -292,14 +293,14 @@ def _range_text(numbers: Sequence[int], format_number: Callable[[int], str]) -> 
     )
 
 
-def _network_lines(federation: Federation, number: int, name: str) -> list[tuple[str, str]]:
+def _network_lines(federation: Federation, number: int, network: Network) -> list[tuple[str, str]]:
     """What is known of a network, and what its parts are to the method."""
     clients, full = federation.clients, getattr(federation.algorithm, "full", ())
     model = next(t.trainer.model for t in clients.types if t.network == number)
     return [
-        ("model", _model_text(federation, number, name)),
-        *role_lines(model),
-        *decomposition_lines(model, clients.low_rank(number), full),
+        ("model", _model_text(federation, number, network.name)),
+        head_line(model, network.head),
+        *leaf_lines(model, clients.low_rank(number), full),
     ]
 
 

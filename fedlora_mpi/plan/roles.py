@@ -1,55 +1,107 @@
-"""What a method does with each part of a network: the roles of leaves and the weights with a
-low-rank part.
-"""
+"""What a method does with each leaf of a network, as a short table: its role, its low-rank part."""
 
+import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import NamedTuple
 
-from ..components.lowrank import matrix_shape, skipped_weights
-from ..models.network import Model
+from ..components.lowrank import join_first, matrix_shape, skipped_weights
+from ..models.network import Leaf, Model
 
-_MAX_FULL_NAMES = 16  # above this number of module names, the digits that count layers become *
-
-
-def role_lines(model: Model) -> list[tuple[str, str]]:
-    """(role, how many numbers in which modules) for each role that the network has."""
-    lines = []
-    for role in ("body", "head", "norm", "stats"):
-        names = [name for name, leaf in model.leaves.items() if leaf.role == role]
-        if names:
-            numbers = sum(model.initial[name].numel() for name in names)
-            lines.append((role, f"{numbers:,} numbers in {', '.join(_module_names(names))}"))
-    return lines
+_MAX_ROWS = 24  # with more rows, leaves whose names differ in numbers share one
 
 
-def decomposition_lines(
+class _Row(NamedTuple):
+    """What the table says of a leaf."""
+
+    name: str
+    leaf: Leaf
+    role: str
+    part: str  # its low-rank part, or why it has none
+
+
+def head_line(model: Model, requested: str | None) -> tuple[str, str]:
+    """The module that is the head, or those that hold its leaves. requested: ``model.head``."""
+    leaves = [name for name, leaf in model.all_leaves.items() if leaf.role == "head"]
+    owners = list(dict.fromkeys(name.rpartition(".")[0] or name for name in leaves))
+    text = model.head or join_first(owners) or "none"
+    text += ", found by a forward pass" if requested is None else ", named by model.head"
+    if model.output is not None:
+        text += f"; the logits are the field {model.output} of the output"
+    return "head", text
+
+
+def leaf_lines(
     model: Model, low_rank: Mapping[str, int], full: Collection[str]
 ) -> list[tuple[str, str]]:
-    """Lines on the weights with a low-rank part, with rank and matrix, and on the other weights of
-    at least two dimensions, with the reason. full: roles that the method trains as they are.
+    """A table of all leaves, frozen ones too: shape, role, and the low-rank part if the method has
+    any. Leaves that differ in the numbers of their layers share a row if there are many.
+
+    low_rank: {weight: rank}; full: roles that the method trains as they are.
     """
-    if not low_rank:
-        return []
-    with_rank = [
-        f"{name} {rank} of {_matrix_shape(model, name)}" for name, rank in low_rank.items()
+    groups = _group(_rows(model, low_rank, full))
+    table = [("leaf", "shape", "role", "low-rank part")] + [
+        (
+            _joint_name(rows),
+            _range_text(rows, lambda row: str(list(row.leaf.shape))),
+            rows[0].role,
+            _range_text(rows, lambda row: row.part),
+        )
+        for rows in groups
     ]
-    lines = [("low-rank", f"{len(with_rank)} weights, rank of matrix: {', '.join(with_rank)}")]
-    without_rank = [
-        f"{name} ({reason})" for name, reason in skipped_weights(model, low_rank, full).items()
+    columns = [*zip(*table, strict=True)][: 4 if low_rank else 3]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        for cells in zip(*columns, strict=True)
     ]
-    return lines + (
-        [("no rank", f"{len(without_rank)} weights: {', '.join(without_rank)}")]
-        if without_rank
-        else []
+    return [("leaves" if number == 0 else "", line) for number, line in enumerate(lines)]
+
+
+def _rows(model: Model, low_rank: Mapping[str, int], full: Collection[str]) -> list[_Row]:
+    reasons = skipped_weights(model, low_rank, full)
+    rows = []
+    for name, leaf in model.all_leaves.items():
+        part = f"no: {reasons[name]}" if name in reasons else "no"
+        if name in low_rank:
+            part = f"rank {low_rank[name]} of {'x'.join(map(str, matrix_shape(leaf)))}"
+        frozen = ", frozen" if name in model.frozen_leaves else ""
+        rows.append(_Row(name, leaf, leaf.role + frozen, part))
+    return rows
+
+
+def _group(rows: Sequence[_Row]) -> list[list[_Row]]:
+    """The rows of the table, each with its leaves: as few leaves in one as _MAX_ROWS allows."""
+    keys: tuple[Callable[[_Row], Hashable], ...] = (
+        lambda row: row.name,
+        lambda row: (_pattern(row.name), row.leaf.shape, row.role, row.part),
+        lambda row: (_pattern(row.name), row.role, row.part.partition(" ")[0]),
+        lambda row: (re.sub(r"\d+", "*", row.name), row.role, row.part.partition(" ")[0]),
     )
+    groups: dict[Hashable, list[_Row]] = {}
+    for key in keys:
+        groups = {}
+        for row in rows:
+            groups.setdefault(key(row), []).append(row)
+        if len(groups) <= _MAX_ROWS:
+            break
+    return list(groups.values())
 
 
-def _matrix_shape(model: Model, name: str) -> str:
-    return "x".join(map(str, matrix_shape(model.leaves[name])))
+def _pattern(name: str) -> str:
+    """The name of a leaf with * in place of the numbers of layers."""
+    return re.sub(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])", "*", name)
 
 
-def _module_names(names: Iterable[str]) -> list[str]:
-    """The modules that own these leaves; a leaf of the network itself counts as its own module."""
-    modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
-    short = [re.sub(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])", "*", name) for name in modules]
-    return list(dict.fromkeys(short)) if len(modules) > _MAX_FULL_NAMES else modules
+def _joint_name(rows: Sequence[_Row]) -> str:
+    """The name of the leaves of a row, with * for what differs, and their number."""
+    if len(rows) == 1:
+        return rows[0].name
+    parts = zip(*(re.split(r"(\d+)", row.name) for row in rows), strict=True)
+    return "".join(p[0] if len({*p}) == 1 else "*" for p in parts) + f" ({len(rows)} leaves)"
+
+
+def _range_text(rows: Sequence[_Row], text: Callable[[_Row], str]) -> str:
+    """The text of the smallest leaf and that of the largest one, or one text if they are equal."""
+    by_size = sorted(rows, key=lambda row: math.prod(row.leaf.shape))
+    return " to ".join(dict.fromkeys((text(by_size[0]), text(by_size[-1]))))
