@@ -49,39 +49,48 @@ def test_the_same_seed_twice_counts_once_and_the_longer_run_stays(tmp_path):
 
 FEDLORA = {"algorithm.name": "fedlora", "train.lr": 0.1}
 CASES = [
-    ([{"algorithm.name": "fedavg"}], ["fedavg"]),
-    ([{"algorithm.name": "my.module:FedPer"}, {"algorithm.name": "local"}], ["FedPer", "local"]),
-    # fields of other methods' own set nothing apart, nor does a learning rate that follows from the
-    # method
+    ([{"algorithm.name": "fedavg"}], ["FedAvg"]),
+    ([{"algorithm.name": "my.module:FedPer"}, {"algorithm.name": "local"}], ["FedPer", "Local"]),
+    (  # a class of the user may have the name of a method of the package
+        [{"algorithm.name": n} for n in ("my.module:FedAvg", "fedavg", "fedavg_ft")],
+        ["my.module:FedAvg", "fedavg", "FedAvg+FT"],
+    ),
+    # fields of other methods' own set nothing apart; a learning rate of the method's own is said
     (
         [FEDLORA | {"algorithm.lora_epochs": 2}, {"algorithm.name": "fedprox", "algorithm.mu": 1.0, "train.lr": 0.3}],
-        ["fedlora", "fedprox"],
+        ["FedLoRA, lr 0.1", "FedProx, lr 0.3"],
     ),
-    (  # only the method that comes in two versions says which
+    (  # only a method that has the field says it
         [FEDLORA | {"algorithm.lora_epochs": n} for n in (1, 2)] + [{"algorithm.name": "local", "train.lr": 0.1}],
-        ["fedlora, lora_epochs 1", "fedlora, lora_epochs 2", "local"],
+        ["FedLoRA, lora_epochs 1", "FedLoRA, lora_epochs 2", "Local"],
     ),
     (
         [FEDLORA | {"data.partition.kind": "dirichlet_class", "data.partition.alpha": alpha} for alpha in (0.1, 1.0)]
         + [FEDLORA | {"data.partition.kind": "iid"}],
-        ["fedlora, dirichlet_class, alpha 0.1", "fedlora, dirichlet_class, alpha 1", "fedlora, iid"],
+        ["FedLoRA, dirichlet_class, alpha 0.1", "FedLoRA, dirichlet_class, alpha 1", "FedLoRA, iid"],
     ),
-    (  # what a method was run on is told of all of them, before what is the method's own
+    (  # the data are said first, and what differs on the same data
         [{"algorithm.name": n, "lr": lr, "data.dataset": d} for n, lr, d in ("a1x", "a1y", "b1x", "b2x")],
-        ["a, x", "a, y", "b, x, lr 1", "b, x, lr 2"],
+        ["a, x, lr 1", "a, y", "b, x, lr 1", "b, x, lr 2"],
     ),
     (  # one word for two keys
         [FEDLORA | {"algorithm.alpha": a, "data.partition.alpha": b} for a, b in ((1, 0.1), (1, 0.5), (2, 0.1))],
-        [f"fedlora, partition.alpha {of}" for of in ("0.1, algorithm.alpha 1", "0.5", "0.1, algorithm.alpha 2")],
+        [f"FedLoRA, partition.alpha {of}" for of in
+         ("0.1, algorithm.alpha 1", "0.5, algorithm.alpha 1", "0.1, algorithm.alpha 2")],
     ),
     (
         [FEDLORA | {"model.name": "cnn"}, FEDLORA | {"model.mix": [{"name": "cnn1"}, {"name": "cnn2"}]}],
-        ["fedlora, cnn", "fedlora, mix"],
+        ["FedLoRA, cnn", "FedLoRA, mix"],
     ),
-    ([FEDLORA | {"rounds": n} for n in (5, 8)] + [{"algorithm.name": "local", "rounds": 8}],
-     ["fedlora, rounds 5", "fedlora, rounds 8", "local, rounds 8"]),
+    (  # networks of a mix that differ in an option alone
+        [FEDLORA | {"model.mix": [{"name": "cnn", "width": w}]} for w in (1, 2)],
+        ["FedLoRA, mix [cnn] (1)", "FedLoRA, mix [cnn] (2)"],
+    ),
+    ([FEDLORA | {"train.lr": lr} for lr in (0.1, 0.10000001)], ["FedLoRA, lr 0.1", "FedLoRA, lr 0.10000001"]),
+    ([FEDLORA | {"rounds": n} for n in (5, 8)] + [{"algorithm.name": "local", "rounds": 8, "train.lr": 0.1}],
+     ["FedLoRA, rounds 5", "FedLoRA, rounds 8", "Local, rounds 8"]),
     ([FEDLORA | {"diagnose": on, "full": full} for on, full in ((True, ["head"]), (False, ["head"]), (False, None))],
-     ["fedlora, diagnose yes", "fedlora, diagnose no, full [head]", "fedlora, diagnose no, full none"]),
+     ["FedLoRA, diagnose yes, full [head]", "FedLoRA, diagnose no, full [head]", "FedLoRA, diagnose no, full none"]),
 ]  # fmt: skip
 
 
@@ -89,6 +98,15 @@ CASES = [
 def test_a_label_is_what_sets_a_group_apart(settings, wanted):
     assert group_labels(settings) == wanted
     assert len(set(wanted)) == len(wanted)
+
+
+def test_a_setting_of_another_data_set_changes_nothing(tmp_path):
+    run = RunLog.read(write_run(tmp_path / "a", [0.1] * 3))
+    run.config["data"] |= {name: {"seed": 1} for name in ("synthetic", "text", "table")}
+    assert "data.synthetic.seed" not in run.settings
+    other = RunLog.read(write_run(tmp_path / "b", [0.1] * 3, dataset="synthetic", seed=2))
+    other.config["data"] |= {name: {"seed": 1} for name in ("synthetic", "text", "table")}
+    assert [key for key in other.settings if key.endswith(".seed")] == ["data.synthetic.seed"]
 
 
 def test_keys_of_a_block_are_compared_where_its_selector_is_the_same():
