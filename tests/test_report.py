@@ -35,7 +35,7 @@ def test_runs_that_differ_in_seeds_and_folders_only_are_one_group(tmp_path):
     found = read_groups(
         *(write_run(tmp_path / f"{seed}", [0.1, 0.2, 0.3], seed=seed) for seed in (1, 2, 3))
     )
-    assert [group.label for group in found.groups] == ["fedavg"] and found.keys == ()
+    assert [group.label for group in found.groups] == ["FedAvg"] and found.keys == ()
     assert [run.seeds for run in found.groups[0].runs] == [(1, 1), (2, 2), (3, 3)]
 
 
@@ -141,7 +141,7 @@ def test_the_numbers_of_the_accuracy_table(tmp_path):
     def number(row, key):
         return pytest.approx(float(row[key]))
 
-    assert (fedavg["run"], fedavg["seeds"], fedavg["rounds"]) == ("fedavg", "2", "3")
+    assert (fedavg["run"], fedavg["seeds"], fedavg["rounds"]) == ("FedAvg, rounds 3", "2", "3")
     assert 0.4 == number(fedavg, "final_mean") == number(fedavg, "best_mean")
     assert number(fedavg, "final_std") == 0.4 / 2**0.5  # of 0.2 and 0.6
     # of 0.1 and 0.3, twice
@@ -151,9 +151,11 @@ def test_the_numbers_of_the_accuracy_table(tmp_path):
         and number(local, "best_mean") == 0.6
         and local["final_std"] == ""
     )
-    assert "| local | 1 | 2 | **40.00** | **60.00** | **40.00** | 0.00 |" in table.markdown()
+    assert (
+        "| Local, rounds 2 | 1 | 2 | **40.00** | **60.00** | **40.00** | 0.00 |" in table.markdown()
+    )
     # equal as shown: both bold
-    assert "| fedavg | 2 | 3 | **40.00 ± 28.28** | 40.00 ± 28.28 |" in table.markdown()
+    assert "| FedAvg, rounds 3 | 2 | 3 | **40.00 ± 28.28** | 40.00 ± 28.28 |" in table.markdown()
 
 
 def test_what_was_run_on_other_data_is_not_compared(tmp_path):
@@ -162,10 +164,10 @@ def test_what_was_run_on_other_data_is_not_compared(tmp_path):
     groups_ = read_groups(*made).groups
     assert [group.task for group in groups_] == ["x", "x", "y", "y"]
     assert write.summarize(groups_) == (
-        "Highest final accuracy (x), mean over clients: local, x with 50.00 % (one seed), "
-        "25.00 points above fedper, x (25.00 %). "
-        "Highest final accuracy (y), mean over clients: fedper, y with 75.00 % (one seed), "
-        "62.50 points above local, y (12.50 %)."
+        "Highest final accuracy (x), mean over clients: Local, x with 50.00 % (one seed), "
+        "25.00 points above FedPer, x (25.00 %). "
+        "Highest final accuracy (y), mean over clients: FedPer, y with 75.00 % (one seed), "
+        "62.50 points above Local, y (12.50 %)."
     )
     bold = [
         line.split(" |")[3].startswith(" **")
@@ -208,8 +210,8 @@ def test_the_numbers_of_the_other_tables(tmp_path):
     assert runs[2]["best_round"] == "2" and float(runs[2]["final"]) == pytest.approx(1.3 / 3)
     (pair,) = clients.rival_pairs(found.groups)
     assert (pair.group.label, pair.rival.label, pair.seeds, clients.num_as_good(pair)) == (
-        "fedper",
-        "fedavg",
+        "FedPer",
+        "FedAvg",
         2,
         4,
     )
@@ -243,14 +245,14 @@ def test_curves_are_of_the_rounds_that_all_seeds_have(tmp_path):
     assert rounds.tolist() == [1, 3] and np.allclose(values, [[0.1, 0.3], [0.3, 0.5]])
     assert np.allclose([part[:, 0] for part in group.client_curves("accuracy")[1]], values)
     assert group.curves("nothing")[1].size == 0
-    figure = curves.learning_curves([group], {"fedavg": distinct_looks(1)[0]}).figure
+    figure = curves.learning_curves([group], {"FedAvg": distinct_looks(1)[0]}).figure
     (line,) = figure.axes[0].lines
     assert np.allclose(line.get_xydata(), [[1, 20], [3, 40]])
 
 
 def test_a_cost_is_the_sum_so_far_in_its_unit(tmp_path):
     (group,) = read_groups(write_run(tmp_path / "a", [0.1] * 3, [np.nan] * 3, [0.4] * 3)).groups
-    look = {"fedavg": distinct_looks(1)[0]}
+    look = {"FedAvg": distinct_looks(1)[0]}
     (line,) = curves.accuracy_by_bytes([group], look).figure.axes[0].lines
     assert np.allclose(line.get_xydata(), [[9, 10], [27, 40]])
     (line,) = curves.accuracy_by_flops([group], look).figure.axes[0].lines
@@ -263,7 +265,7 @@ def test_a_dot_is_a_client_and_a_bar_the_seconds_of_a_stage(tmp_path):
         for s in (1, 2)
     ]
     (group,) = read_groups(*found).groups
-    look = {"fedavg": distinct_looks(1)[0]}
+    look = {"FedAvg": distinct_looks(1)[0]}
     axes = clients.client_distribution([group], look).figure.axes[0]
     assert np.allclose(axes.collections[0].get_offsets()[:, 0], [10, 20, 20, 20])
     assert np.allclose(axes.lines[0].get_xdata(), 17.5)
@@ -281,11 +283,11 @@ def test_the_numbers_of_a_comparison_are_those_of_the_clients(tmp_path):
     with plot_style():
         drawn = clients.rival_scatter(
             clients.rival_pairs(groups_),
-            dict(zip(("fedper", "local"), distinct_looks(2), strict=True)),
+            dict(zip(("FedPer", "Local"), distinct_looks(2), strict=True)),
         )
     axes = drawn.figure.axes[0]
     assert axes.collections[0].get_offsets().tolist() == [[25, 50], [75, 75], [50, 100]]
-    assert axes.texts[0].get_text() == "● local: 3 of 3" and axes.get_title("left") == "fedper"
+    assert axes.texts[0].get_text() == "● Local: 3 of 3" and axes.get_title("left") == "FedPer"
 
 
 def test_metrics_are_reported_without_torch(tmp_path):
@@ -303,7 +305,7 @@ def test_what_diagnose_has_logged_is_drawn_and_nothing_else(tmp_path):
     (group,) = read_groups(
         write_run(tmp_path / "a", [0.1] * 3, [0.2] * 3, extra_column="lora_bias")
     ).groups
-    (drawn,) = curves.diagnosis_curves([group], {"fedavg": distinct_looks(1)[0]})
+    (drawn,) = curves.diagnosis_curves([group], {"FedAvg": distinct_looks(1)[0]})
     assert drawn.name == "lora_bias" and drawn.figure.axes[0].lines[0].get_ydata().tolist() == [
         7,
         14,
@@ -421,7 +423,7 @@ def test_low_rank_factors_are_shown_before_other_personal_parts(four, monkeypatc
         shown = personal.personal_figures(
             group_runs([RunLog.read(four / "runs" / run) for run in ("b-1", "c-1")]).groups
         )
-    assert [*shown.tables] == ["fedlora"] and [figure.name for figure in shown.figures] == [
+    assert [*shown.tables] == ["FedLoRA"] and [figure.name for figure in shown.figures] == [
         "lowrank-1",
         "similarity-1",
     ]
@@ -509,12 +511,12 @@ def test_tables_of_runs_hold_each_run_whole(four):
         mine = clients_[clients_["path"] == path]
         assert mine["accuracy"].tolist() == run.clients["accuracy"].tolist()
     assert runs.settings["run"].tolist() == [
-        "fedavg",
-        "fedavg",
-        "local",
-        "fedlora",
-        "fedlora",
-        "fedit",
+        "FedAvg, lr 0.05",
+        "FedAvg, lr 0.05",
+        "Local, lr 0.05",
+        "FedLoRA, lr 0.05",
+        "FedLoRA, lr 0.05",
+        "FedIT, lr 0.005",
     ]
     assert runs.settings["seed"].tolist() == [1, 2, 1, 1, 2, 1]
 
@@ -734,12 +736,12 @@ def test_a_page_says_what_a_reader_must_know(tmp_path):
     with plot_style():
         content = write.collect_content(write.read_logs(runs))
     said = " ".join(content.notes)
-    assert "fedavg: its seeds are at different rounds (1, 2)" in said
+    assert "FedAvg, rounds 9: its seeds are at different rounds (1, 2)" in said
     assert f"Not done yet: {runs[0]} (1 of 9), {runs[1]} (2 of 9)." in said
     assert f"{runs[2]} is left out: the same settings and seeds as {runs[0]}." in said
     top = (
         "Highest final accuracy, mean over clients: <Own> with 75.00 % (one seed), 30.00 points "
-        "above fedavg, rounds"
+        "above FedAvg, rounds"
     )
     text = write.render_page(content, {drawn.name: b"" for drawn in content.figures}, [])
     assert write.summarize(content.run_groups.groups).startswith(top.partition(", rounds")[0])

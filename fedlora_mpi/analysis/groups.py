@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..store.reader import RunFiles
-from .load import RankLoad, measure_load
+from .load import RankLoad, WorkerSeconds, measure_load
 from .method_names import paper_name
 
 SEED_KEYS = ("seed", "data.partition.seed")
@@ -93,6 +93,21 @@ class RunLog:
         """The seconds of each rank; None if the run did not measure them."""
         return measure_load(self.ranks, self.config)
 
+    @cached_property
+    def worker_seconds(self) -> WorkerSeconds:
+        """The seconds of a round on the ranks that train; of rank 0 if ranks were not measured."""
+        if self.rank_load:
+            return self.rank_load.worker_seconds()
+        names = [name for name in self.rounds if name.startswith("seconds_")]
+        seconds = {n.removeprefix("seconds_"): float(self.column(n).mean()) for n in names}
+        return WorkerSeconds(0, seconds, seconds)
+
+    @property
+    def total_seconds(self) -> float:
+        """The seconds of all rounds, on the clock of rank 0."""
+        columns = [values for n, values in self.rounds.items() if n.startswith("seconds_")]
+        return float(sum(column.sum() for column in columns))
+
     @property
     def algorithm(self) -> str:
         """The name of the method in the config."""
@@ -169,6 +184,21 @@ class Group:
     def seed_stat(self, metric) -> Stat:
         """Return mean and standard deviation of ``metric(run)`` over the seeds."""
         return Stat.from_values([metric(run) for run in self.runs])
+
+    def worker_seconds(self) -> WorkerSeconds:
+        """Return the seconds of a round on the ranks that train, mean over the seeds."""
+        runs = [run.worker_seconds for run in self.runs]
+
+        def mean_of(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
+            stages = dict.fromkeys(stage for of_run in seconds for stage in of_run)
+            values = {s: [of_run.get(s, np.nan) for of_run in seconds] for s in stages}
+            return {stage: Stat.from_values(of_runs).mean for stage, of_runs in values.items()}
+
+        return WorkerSeconds(
+            max(run.workers for run in runs),
+            mean_of([run.median for run in runs]),
+            mean_of([run.slowest for run in runs]),
+        )
 
     @cached_property
     def rounds(self) -> np.ndarray:

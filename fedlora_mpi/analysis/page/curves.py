@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ...core.units import unit_prefix
 from ..groups import Group
 from .crowd import caption_note, named_groups
 from .style import (
@@ -15,7 +16,6 @@ from .style import (
     new_figure,
     panels,
     set_round_axis,
-    wrap_label,
 )
 
 Looks = dict[str, Look]
@@ -178,65 +178,6 @@ def accuracy_by_flops(groups: Sequence[Group], looks: Looks) -> PageFigure | Non
     )
 
 
-def seconds_by_stage(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
-    """Draw the mean seconds of a round by stage, with a bar for each group."""
-    names = list(
-        dict.fromkeys(
-            n for g in groups for run in g.runs for n in run.rounds if n.startswith("seconds_")
-        )
-    )
-    if not names:
-        return None
-    groups = named_groups(groups, looks)
-    texts = [wrap_label(group.label, 44) for group in groups]
-    fig = new_figure(
-        WIDTH, 0.9 + (0.12 + 0.15 * max(text.count("\n") + 1 for text in texts)) * len(groups)
-    )
-    axes = fig.add_subplot()
-    shades, left = ("#0072B2", "#56B4E9", "#BBBBBB", "#E69F00", "#777777"), np.zeros(len(groups))
-    stage_seconds = np.array(
-        [
-            [group.seed_stat(lambda run, n=n: run.column(n).mean()).mean for n in names]
-            for group in groups
-        ]
-    )
-    stage_seconds = np.nan_to_num(stage_seconds)
-    rows = np.arange(len(groups))
-    for index, name in enumerate(names):
-        color = shades[index % len(shades)]
-        axes.barh(
-            rows,
-            stage_seconds[:, index],
-            left=left,
-            height=0.66,
-            color=color,
-            label=name.removeprefix("seconds_"),
-        )
-        left = left + stage_seconds[:, index]
-    for row, total in enumerate(left):
-        axes.annotate(
-            f"{total:.3g} s",
-            (total, row),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize="small",
-        )
-    axes.set_yticks(rows, texts)
-    axes.invert_yaxis()
-    axes.set(xlabel="seconds per round", xlim=(0, 1.1 * left.max() or 1))
-    axes.tick_params(axis="y", length=0)
-    axes.legend(
-        frameon=False, ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0
-    )
-    caption = (
-        "Mean seconds of a round by stage, mean over seeds, as rank 0 measures them: under mpirun "
-        "it waits for the workers, and this waiting counts as exchange. Runs on different or busy "
-        "machines are not comparable."
-    ) + caption_note(looks, "are in the table of costs")
-    return PageFigure("seconds", "Where the seconds go", caption, fig)
-
-
 def _line_figure(
     name: str,
     title: str,
@@ -304,7 +245,7 @@ def _cost_figure(
     height = figure_height([group.label for group, *_ in curves if looks[group.label].is_named])
     fig = new_figure(WIDTH, height)
     axes, ends = fig.add_subplot(), []
-    prefix, size = _unit_prefix(max(cost[-1] for _, cost, _ in curves))
+    prefix, size = unit_prefix(max(cost[-1] for _, cost, _ in curves))
     for group, cost, accuracy in curves:
         look, cost = looks[group.label], cost / size
         if not look.is_named:
@@ -325,15 +266,6 @@ def _cost_figure(
     axes.set(xlabel=f"{label} / {prefix}{unit}", ylabel="accuracy / %")
     label_ends(axes, ends, height - 0.7)
     return PageFigure(name, title, caption + caption_note(looks, "are grey"), fig)
-
-
-def _unit_prefix(number: float) -> tuple[str, float]:
-    """Return the largest unit prefix that is not above ``number``, and its size."""
-    sizes = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
-    return max(
-        ((name, size) for name, size in sizes.items() if size <= max(1.0, number)),
-        key=lambda pair: pair[1],
-    )
 
 
 def _lone_marker(x: np.ndarray) -> str:

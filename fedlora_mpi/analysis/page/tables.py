@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ...core.units import format_bytes, format_seconds
+from ...core.units import format_bytes, format_seconds, unit_prefix
 from ..groups import Group, RunGroups, Stat, format_setting
 from ..parts import LowRank
 from ..runs import column_name
@@ -52,64 +52,73 @@ def accuracy_table(groups: Sequence[Group]) -> Table:
 
 
 def cost_table(groups: Sequence[Group]) -> Table:
-    """Return the bytes, the FLOPs and the seconds of each group."""
-
-    def total_of(name):
-        return lambda run: float(run.column(name).sum())
+    """Return the bytes and the FLOPs of each group."""
 
     def per_client_round(name):
         return lambda run: float(run.column(name).sum() / run.column("clients").sum())
 
-    names = list(
-        dict.fromkeys(
-            n for g in groups for run in g.runs for n in run.rounds if n.startswith("seconds_")
-        )
-    )
-
-    def per_round(name):
-        return lambda run: float(run.column(name).mean())
-
     columns = [
         Column("run", "method"),
-        Column("bytes_up", "up per client", format_bytes),
-        Column("bytes_down", "down per client", format_bytes),
-        Column("tflop", "training / TFLOP", format_number),
-        *(Column(name, f"{name.removeprefix('seconds_')} / s", format_number) for name in names),
-        Column("seconds", "in all", format_seconds),
-        *(
-            [Column("balance", "balance / %", format_percent)]
-            if any(run.rank_load for g in groups for run in g.runs)
-            else []
-        ),
+        Column("bytes_up", "up per client and round", format_bytes),
+        Column("bytes_down", "down per client and round", format_bytes),
+        Column("bytes", "up and down in all", format_bytes),
+        Column("tflop", "training in all", _format_tflop),
     ]
     rows = [
         {
             "run": group.label,
             "bytes_up": group.seed_stat(per_client_round("bytes_up")).mean,
             "bytes_down": group.seed_stat(per_client_round("bytes_down")).mean,
-            "tflop": group.seed_stat(total_of("flops")).mean / 1e12,
-            "seconds": sum(group.seed_stat(total_of(name)).mean for name in names),
-            **{name: group.seed_stat(per_round(name)).mean for name in names},
-            "balance": group.seed_stat(
-                lambda run: run.rank_load.balance if run.rank_load else np.nan
-            ),
+            "bytes": group.seed_stat(
+                lambda run: float((run.column("bytes_up") + run.column("bytes_down")).sum())
+            ).mean,
+            "tflop": group.seed_stat(lambda run: float(run.column("flops").sum())).mean / 1e12,
         }
         for group in groups
     ]
     note = (
-        "Means over seeds. Up and down: bytes of one client in one round, float32. Training: all "
-        "clients and rounds. Stages: seconds per round of rank 0, whose waiting for the workers "
-        "counts as exchange. Balance: share of their time for which workers are busy if the "
-        "busiest sets the pace."
+        "Means over seeds. Bytes: what a real federation would send as float32. In all: all "
+        "clients and rounds."
     )
-    return Table("costs", "Bytes, computation and time", note, columns, rows)
+    return Table("costs", "Bytes and computation", note, columns, rows)
+
+
+def time_table(groups: Sequence[Group]) -> Table:
+    """Return the seconds of each group; of several workers those of the median and the slowest."""
+    seconds = [group.worker_seconds() for group in groups]
+    stages = list(dict.fromkeys(stage for of_group in seconds for stage in of_group.median))
+    has_several = any(of_group.workers > 1 for of_group in seconds)
+    columns = [
+        Column("run", "method"),
+        *([Column("of", "of")] if has_several else []),
+        *(Column(f"seconds_{stage}", f"{stage} / s", _format_stage) for stage in stages),
+        *([Column("balance", "balance / %", format_percent)] if has_several else []),
+        Column("seconds", "all rounds", format_seconds),
+    ]
+    rows = []
+    for group, (workers, median, slowest) in zip(groups, seconds, strict=True):
+        total = group.seed_stat(lambda run: run.total_seconds).mean
+        balance = group.seed_stat(lambda run: run.rank_load.balance if run.rank_load else np.nan)
+        described = [(f"median of {workers} workers", median), ("slowest worker", slowest)]
+        for of, of_worker in described if workers > 1 else [("one process", median)]:
+            row = {f"seconds_{stage}": value for stage, value in of_worker.items()}
+            rows.append(
+                {"run": group.label, "of": of, "seconds": total, "balance": balance.mean, **row}
+            )
+    note = (
+        "Means over seeds and rounds, of the ranks that train clients. The median and the slowest "
+        "worker: by the time for training and evaluation. Waiting: for other ranks. Balance: the "
+        "share of their time for which workers are busy if the slowest sets the pace."
+    )
+    return Table("seconds", "Seconds of a round", note, columns, rows)
 
 
 def settings_table(run_groups: RunGroups) -> Table | None:
-    """Return the settings that differ between the groups; None if there are none."""
-    if not run_groups.keys:
+    """Return the settings that differ between the groups, but for the method; None without any."""
+    keys = [key for key in run_groups.keys if key != "algorithm.name"]
+    if not keys:
         return None
-    names = {key: column_name(key, run_groups.keys) for key in run_groups.keys}
+    names = {key: column_name(key, run_groups.keys) for key in keys}
     columns = [Column("run", "method"), *(Column(name, name) for name in names.values())]
 
     def format_group_setting(group, key):
@@ -237,6 +246,15 @@ def _client_std(run) -> float:
     """Return the sample standard deviation of the clients' accuracies; NaN for fewer than two."""
     known = run.client_accuracy[~np.isnan(run.client_accuracy)]
     return float(known.std(ddof=1)) if len(known) > 1 else np.nan
+
+
+def _format_stage(seconds: float) -> str:
+    return f"{seconds:.3f}" if seconds < 1 else format_number(seconds)
+
+
+def _format_tflop(number: float) -> str:
+    prefix, size = unit_prefix(1e12 * number)
+    return f"{1e12 * number / size:.3g} {prefix}FLOP"
 
 
 def _format_gain(fraction: float) -> str:

@@ -96,7 +96,7 @@ def collect_content(logs: Sequence[RunLog]) -> PageContent:
         *sweeps.sweep_figures(groups, run_groups.keys, swept_keys),
         curves.accuracy_by_bytes(groups, look_of),
         curves.accuracy_by_flops(groups, look_of),
-        curves.seconds_by_stage(groups, look_of),
+        ranks.seconds_by_stage(groups, look_of),
         ranks.seconds_by_rank(groups, look_of),
         curves.loss_curves(groups, look_of),
         curves.drift_curves(groups, look_of),
@@ -109,6 +109,7 @@ def collect_content(logs: Sequence[RunLog]) -> PageContent:
         tables.settings_table(run_groups),
         tables.rival_table(pairs),
         tables.cost_table(groups),
+        tables.time_table(groups),
         tables.low_rank_table(low_rank_figures.tables),
         tables.run_table(groups),
     ]
