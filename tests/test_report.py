@@ -663,7 +663,7 @@ def test_no_figure_is_empty(page):
 
 
 def test_every_table_is_there_in_every_form(page):
-    names = ("accuracy", "settings", "against", "costs", "lowrank", "runs")
+    names = ("accuracy", "settings", "against", "costs", "seconds", "lowrank", "runs")
     files = {path.name for path in (page / "tables").iterdir()}
     assert files == {f"{name}.{kind}" for name in names for kind in ("csv", "md", "tex")} | {
         "rounds.csv",
@@ -695,7 +695,7 @@ def test_a_report_again_leaves_nothing_of_the_one_before_and_has_the_users_setti
         assert main(["report", str(four / "runs/b-1"), "-o", str(out)]) == 0
         assert matplotlib.rcParams["font.size"] == 30
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{out / 'report.html'}: {len(ALONE)} figures and 3 tables of 1 runs, ")
+    assert line.startswith(f"{out / 'report.html'}: {len(ALONE)} figures and 4 tables of 1 run, ")
     assert {path.stem for path in (out / "figures").iterdir()} == ALONE | {"mine"}
     assert files(out, but=["mine.txt"]) == files(small_page)
 
@@ -707,7 +707,7 @@ def test_a_large_report_again_is_the_same(page, small_page, four, tmp_path, caps
     assert main(["report", *sorted(map(str, (four / "runs").iterdir())), "-o", str(out)]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(
-        f"{out / 'report.html'}: {len(FIGURES)} figures and 6 tables of 6 runs, "
+        f"{out / 'report.html'}: {len(FIGURES)} figures and 7 tables of 6 runs, "
     )
     assert files(out) == files(page)
 

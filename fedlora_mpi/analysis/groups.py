@@ -114,6 +114,11 @@ class RunLog:
         return self.config["algorithm"]["name"]
 
     @property
+    def num_clients(self) -> int:
+        """The number of clients."""
+        return next(iter(self.clients.values())).shape[1]
+
+    @property
     def rounds_done(self) -> int:
         """The number of the last logged round; 0 if there is none."""
         return int(self.rounds["round"][-1]) if len(self.rounds["round"]) else 0
@@ -223,6 +228,22 @@ class Group:
         return rounds, [
             run.clients[name][np.isin(run.rounds["round"], rounds)] for run in self.runs
         ]
+
+
+def count_seeds(groups: Sequence[Group]) -> str:
+    """Return how many seeds the groups have, such as "3 seeds" or "1 to 3 seeds"."""
+    return format_counts([len(group.runs) for group in groups], "seed")
+
+
+def count_clients(groups: Sequence[Group]) -> str:
+    """Return how many clients the groups have, such as "12 clients" or "7 to 12 clients"."""
+    return format_counts([run.num_clients for group in groups for run in group.runs], "client")
+
+
+def format_counts(counts: Sequence[int], noun: str) -> str:
+    """Return the range of ``counts`` with its noun, such as "1 run" or "2 to 3 runs"."""
+    text = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    return f"{text} {noun}{'' if max(counts) == 1 else 's'}"
 
 
 class RunGroups(NamedTuple):

@@ -54,12 +54,12 @@ def seconds_by_stage(groups: Sequence[Group], looks: Looks) -> PageFigure | None
                 va="center",
                 fontsize="small",
             )
-            longest = max(longest, end[0])
+            longest = max(longest, end[0] * (1.6 if workers > 1 else 1.1))  # room for the text
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(
         xlabel="seconds per round / s",
-        xlim=(0, (1.6 if any(s.workers > 1 for s in seconds) else 1.1) * longest or 1),
+        xlim=(0, longest or 1),
     )
     axes.tick_params(axis="y", length=0)
     handles, stage_names = _legend_entries(axes)
