@@ -15,15 +15,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from folders import read_groups, table_rows, write_run
+from matplotlib.colors import to_rgb
 from runs import TINY, process_environment
 
 from fedlora_mpi import open_run, open_runs
 from fedlora_mpi.analysis import groups, parts
 from fedlora_mpi.analysis import runs as several
 from fedlora_mpi.analysis.groups import RunLog, Stat, differing_keys, group_labels, group_runs
-from fedlora_mpi.analysis.page import clients, curves, personal, sweeps, tables, write
+from fedlora_mpi.analysis.page import clients, curves, personal, ranks, sweeps, tables, write
 from fedlora_mpi.analysis.page.crowd import PALE, assign_looks, best_and_worst
-from fedlora_mpi.analysis.page.style import distinct_looks, place_apart, plot_style, render_files
+from fedlora_mpi.analysis.page.style import (
+    COLORS,
+    distinct_looks,
+    place_apart,
+    plot_style,
+    render_files,
+)
 from fedlora_mpi.analysis.page.table import Column, Table, format_percent
 from fedlora_mpi.analysis.run_view import RunView
 from fedlora_mpi.cli import main
@@ -194,13 +201,19 @@ def test_the_numbers_of_the_other_tables(tmp_path):
     ]
     found = read_groups(*paths)
     cost = table_rows(tables.cost_table(found.groups))[0]
-    assert [
-        float(cost[k]) for k in ("bytes_up", "bytes_down", "tflop", "seconds_train", "seconds")
-    ] == [
+    assert [float(cost[k]) for k in ("bytes_up", "bytes_down", "bytes", "tflop")] == [
         1000,
         2000,
+        18000,
         4,
+    ]
+    assert (
+        "| FedAvg | 1 kB | 2 kB | 18 kB | 4 TFLOP |" in tables.cost_table(found.groups).markdown()
+    )
+    time = table_rows(tables.time_table(found.groups))[0]
+    assert [float(time[k]) for k in ("seconds_train", "seconds_exchange", "seconds")] == [
         1.5,
+        0.5,
         4,
     ]
     runs = table_rows(tables.run_table(found.groups))
@@ -217,9 +230,7 @@ def test_the_numbers_of_the_other_tables(tmp_path):
     )
     against = table_rows(tables.rival_table([pair]))[0]
     assert [float(against[k]) for k in ("gain", "worst")] == pytest.approx([-0.1, -0.4])
-    assert table_rows(tables.settings_table(found)) == [
-        {"run": n, "algorithm": n} for n in ("fedavg", "fedper")
-    ]
+    assert tables.settings_table(found) is None  # nothing but the method, which names the rows
 
 
 def test_a_method_is_compared_on_the_same_clients_alone(tmp_path):
@@ -269,7 +280,7 @@ def test_a_dot_is_a_client_and_a_bar_the_seconds_of_a_stage(tmp_path):
     axes = clients.client_distribution([group], look).figure.axes[0]
     assert np.allclose(axes.collections[0].get_offsets()[:, 0], [10, 20, 20, 20])
     assert np.allclose(axes.lines[0].get_xdata(), 17.5)
-    axes = curves.seconds_by_stage([group], look).figure.axes[0]
+    axes = ranks.seconds_by_stage([group], look).figure.axes[0]
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 1.5), (1.5, 0.5)]
     assert [text.get_text() for text in axes.texts] == ["2 s"]
 
@@ -322,7 +333,8 @@ def test_a_setting_that_differs_is_swept_and_two_are_a_grid(tmp_path):
         )
 
     found = read_groups(*(make(e, 0.5, s) for e in (5, 1, 3) for s in (1, 2)))
-    (drawn,) = sweeps.sweep_figures(found.groups, found.keys, set())
+    looks = assign_looks(found.groups)
+    (drawn,) = sweeps.sweep_figures(found.groups, found.keys, set(), looks)
     line = drawn.figure.axes[0].lines[0]
     assert (
         np.allclose(line.get_xydata(), [[1, 6], [3, 8], [5, 10]])
@@ -337,7 +349,55 @@ def test_a_setting_that_differs_is_swept_and_two_are_a_grid(tmp_path):
     assert np.allclose(
         values, [[3, 4], [4, 5], [5, 6]] if values.shape == (3, 2) else [[3, 4, 5], [4, 5, 6]]
     )
-    assert sweeps.sweep_figures(found.groups, found.keys, used) == []
+    assert sweeps.sweep_figures(found.groups, found.keys, used, {}) == []
+
+
+def test_a_method_has_one_colour_and_its_settings_have_dashes(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{name}-{lr}", [lr] * 3, algorithm=name, lr=lr)
+        for name in ("fedavg", "fedlora") for lr in (0.1, 0.2)
+    ]  # fmt: skip
+    found = read_groups(*runs)
+    looks = assign_looks(found.groups)
+    assert [looks[f"FedAvg, lr {lr}"].color for lr in ("0.1", "0.2")] == [COLORS[0]] * 2
+    assert [looks[f"FedLoRA, lr {lr}"].color for lr in ("0.1", "0.2")] == [COLORS[1]] * 2
+    assert len(set(looks.values())) == 4
+    (drawn,) = sweeps.sweep_figures(found.groups, found.keys, set(), looks)
+    axes = drawn.figure.axes[0]
+    colors = {t.get_text(): t.arrow_patch.get_edgecolor()[:3] for t in axes.texts}
+    assert colors == {"FedAvg": to_rgb(COLORS[0]), "FedLoRA": to_rgb(COLORS[1])}
+    (scatter,) = (
+        clients.rival_scatter(clients.rival_pairs(found.groups), looks).figure.axes[0].collections
+    )
+    assert tuple(scatter.get_facecolor()[0][:3]) == pytest.approx(to_rgb(COLORS[0]))  # of FedAvg
+
+
+def test_a_logarithmic_axis_has_plain_numbers(tmp_path):
+    runs = [
+        write_run(
+            tmp_path / f"{epochs}", [0.5] * 3, algorithm={"name": "fedlora", "epochs": epochs}
+        )
+        for epochs in (1, 2, 3, 4, 5, 6, 7, 8, 9, 100)
+    ]
+    found = read_groups(*runs)
+    with plot_style():
+        (drawn,) = sweeps.sweep_figures(found.groups, found.keys, set(), assign_looks(found.groups))
+        axis = drawn.figure.axes[0].xaxis
+        assert axis.get_major_formatter()(10) == "10" and axis.get_minor_formatter()(20) == ""
+
+
+def test_more_settings_than_fit_as_columns_are_rows(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{n}", [0.5] * 3, **{f"key{k}": k + 10 * n for k in range(8)})
+        for n in (1, 2)
+    ]
+    found = read_groups(*runs)
+    rows = table_rows(tables.settings_table(found))
+    assert len(rows) == 8 and list(rows[0].values()) == ["key0", "10", "20"]
+    few = read_groups(
+        write_run(tmp_path / "a", [0.5] * 3), write_run(tmp_path / "b", [0.5] * 3, lr=2)
+    )
+    assert [row["lr"] for row in table_rows(tables.settings_table(few))] == ["0.1", "2"]
 
 
 def test_labels_are_as_near_to_their_curves_as_they_go_without_overlap():
@@ -438,7 +498,8 @@ def test_low_rank_parts_are_those_of_the_clients_models(four):
     for at in (0, 4):
         view = run.client(at)
         tau = view.algorithm.tau(view.network, view.variables.personal)
-        assert tuple(tau) == found.layers
+        assert tuple(tau) == ("0.weight", "3.weight", "7.weight", "9.weight")
+        assert found.layers == ("conv 1", "conv 2", "linear 3", "linear 4")
         norms = [float(value.norm()) for value in tau.values()]
         assert np.allclose(found.norm[:, at], norms, rtol=1e-4) and min(norms) > 0
         assert (found.effective_rank[:, at] <= found.num_components[:, at] + 1e-6).all()
@@ -482,6 +543,38 @@ def test_similarity_is_the_cosine_of_the_personal_parts(four):
         mixes = np.stack([view.counts for view in views]).astype(float)
         mixes /= np.linalg.norm(mixes, axis=1)[:, None]
         assert np.allclose(found.labels, mixes @ mixes.T)
+
+
+def test_cosines_have_one_diverging_scale_and_norms_one_scale_per_layer():
+    alike = parts.ClientSimilarity(
+        (0, 1, 2), np.array([[1, 0.1, -0.2], [0.1, 1, 0], [-0.2, 0, 1]]), np.eye(3), False
+    )
+    factors = parts.LowRank(
+        ("conv 1", "head"),
+        (0, 1),
+        norm=np.array([[1.0, 2.0], [100.0, np.nan]]),
+        effective_rank=np.ones((2, 2)),
+        num_components=np.ones((2, 2)),
+    )
+    with plot_style():
+        cosines = personal.similarity_figure(alike, "s", "a", "b").figure
+        norms = personal.effective_rank_figure(factors, "l", "a", "b").figure
+    left, right = (axes.images[0] for axes in cosines.axes[:2])
+    assert left.get_clim() == right.get_clim() == (-1, 1)
+    assert left.get_cmap().name == right.get_cmap().name == "RdBu_r"
+    assert np.allclose(left.get_cmap()(0.5)[:3], 1, atol=0.05)  # white at 0
+    shown = norms.axes[1].images[0].get_array().filled(np.nan)
+    assert np.array_equal(shown, [[0.5, 1], [1, np.nan]], equal_nan=True)
+
+
+def test_a_layer_is_named_by_its_path_or_if_that_is_a_number_by_its_kind():
+    dims = {"0.weight": 4, "2.1.weight": 2, "layer1.0.conv1.weight": 4, "5.weight": 7}
+    assert parts.layer_names(tuple(dims), dims) == (
+        "conv 1",
+        "linear 2",
+        "layer1.0.conv1",
+        "layer 4",
+    )
 
 
 def test_a_checkpoint_over_the_limit_is_not_read(four):
@@ -548,7 +641,7 @@ def test_of_many_settings_the_best_and_worst_are_named_and_the_others_pale(tmp_p
         drawn = curves.learning_curves(found, look)
         spread, bars, dots = (
             of(found, look)
-            for of in (curves.client_spread, curves.seconds_by_stage, clients.client_distribution)
+            for of in (curves.client_spread, ranks.seconds_by_stage, clients.client_distribution)
         )
     axes = drawn.figure.axes[0]
     assert len(axes.lines) == 30 and sum(line.get_color() == PALE for line in axes.lines) == 18
@@ -740,12 +833,16 @@ def test_a_page_says_what_a_reader_must_know(tmp_path):
     assert f"Not done yet: {runs[0]} (1 of 9), {runs[1]} (2 of 9)." in said
     assert f"{runs[2]} is left out: the same settings and seeds as {runs[0]}." in said
     top = (
-        "Highest final accuracy, mean over clients: <Own> with 75.00 % (one seed), 30.00 points "
-        "above FedAvg, rounds"
+        "Highest final accuracy, mean over clients: <Own>, rounds 1 with 75.00 % (one seed), "
+        "30.00 points above FedAvg, rounds 9 ("
     )
     text = write.render_page(content, {drawn.name: b"" for drawn in content.figures}, [])
-    assert write.summarize(content.run_groups.groups).startswith(top.partition(", rounds")[0])
+    assert write.summarize(content.run_groups.groups).startswith(top)
     assert "&lt;Own&gt;" in text and "<Own>" not in text
+    assert "3 clients, 1 to 2 seeds per setting, 1 to 2 rounds." in text
+    assert "mean over 3 clients and 1 to 2 seeds" in content.figures[0].caption
+    # the rule in its own words, not its name in a config
+    assert "Every client draws the same number of samples" in content.figures[-1].caption
 
 
 def test_runs_of_which_no_round_was_evaluated_have_a_page(tmp_path, capsys):

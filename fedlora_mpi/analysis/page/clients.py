@@ -120,7 +120,7 @@ def rival_scatter(all_pairs: Sequence[RivalPair], looks: Looks) -> PageFigure | 
     accuracies = [(p.group_accuracy, p.rival_accuracy) for _, members in shown for p in members]
     worst = min(accuracy.min() for pair in accuracies for accuracy in pair)
     low = min(90, 10 * int(10 * worst))  # where both axes begin, percent
-    ticks = range(low, 101, 10 if low >= 60 else 20)
+    ticks = range(low, 100, 10 if low >= 60 else 20)  # 100 would touch the next panel's ticks
     for axes, (_, members) in zip(all_axes, shown, strict=True):
         axes.plot((low, 100), (low, 100), color=GREY, linewidth=0.7)
         for index, pair in enumerate(members):

@@ -16,6 +16,7 @@ from .style import (
     label_ends,
     new_figure,
     panels,
+    set_log_axis,
     set_round_axis,
 )
 
@@ -23,20 +24,28 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Looks = dict[str, Look]
+# {column: (title, what it is, its unit)}
 DIAGNOSIS = {
     "effective_clients": (
         "effective clients",
         "1 / Σ p², how many clients of equal weight the mean is worth",
+        "",
     ),
     "lora_truncation": (
         "truncation",
         "squared distance of what clients get from the server's update, mean",
+        " (squared Frobenius norm)",
     ),
     "lora_bias": (
         "bias",
         "distance of the server's next update from the exact mean of the trained ones",
+        " (Frobenius norm)",
     ),
-    "lora_update_bias": ("update bias", "the same distance, of what has changed in the round"),
+    "lora_update_bias": (
+        "update bias",
+        "the same distance, of what has changed in the round",
+        " (Frobenius norm)",
+    ),
 }
 _MAX_POINTS = 150  # largest number of points of a curve in a small panel
 _BAND_NOTE = "the band is ± one sample standard deviation over seeds, where there are several"
@@ -130,7 +139,7 @@ def client_spread(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
 def diagnosis_curves(groups: Sequence[Group], looks: Looks) -> list[PageFigure]:
     """Draw each column that ``diagnose: true`` has logged, in a figure of its own."""
     figures = []
-    for name, (title, explanation) in DIAGNOSIS.items():
+    for name, (title, explanation, unit) in DIAGNOSIS.items():
         caption = (
             f"{explanation[0].upper()}{explanation[1:]}; mean over {count_seeds(groups)}. "
             f"{_BAND_NOTE[0].upper()}{_BAND_NOTE[1:]}."
@@ -140,7 +149,9 @@ def diagnosis_curves(groups: Sequence[Group], looks: Looks) -> list[PageFigure]:
             return group.curves(name)
 
         figures.append(
-            _line_figure(name, f"LoRA diagnosis: {title}", caption, groups, looks, curve, title)
+            _line_figure(
+                name, f"LoRA diagnosis: {title}", caption, groups, looks, curve, title + unit
+            )
         )
     return [drawn for drawn in figures if drawn]
 
@@ -242,7 +253,7 @@ def _cost_figure(
         ends += _draw_line(axes, cost / size, accuracy, group.label, looks[group.label])
     last = [cost[-1] / size for _, cost, _ in curves]
     if max(last) > 10 * min(last):
-        axes.set_xscale("log")
+        set_log_axis(axes)
         caption += " The axis is logarithmic."
     else:
         axes.set_xlim(0, None)

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ...core.units import format_bytes, format_seconds, unit_prefix
-from ..groups import Group, RunGroups, Stat, format_setting
+from ..groups import Group, RunGroups, Stat, count_clients, format_setting
 from ..parts import LowRank
 from ..runs import column_name
 from .clients import RivalPair, num_as_good
 from .table import Column, Table, format_number, format_percent
 
+_MAX_SETTING_COLUMNS = 7  # so many settings are the columns of a table; more are its rows
 _SEED_NOTE = "± is the sample standard deviation over seeds (of run and partition)"
 
 
@@ -43,9 +44,9 @@ def accuracy_table(groups: Sequence[Group]) -> Table:
         for group in groups
     ]
     note = (
-        "Mean over the clients of the test accuracy of each client's own model. Final, worst "
-        "client and std over clients: in the last evaluated round. Best: of any round, chosen on "
-        f"test data as in the papers. {_SEED_NOTE}; bold is the highest"
+        f"Mean over {count_clients(groups)} of the test accuracy of each client's own model. "
+        "Final, worst client and std over clients: in the last evaluated round. Best: of any "
+        f"round, chosen on test data as in the papers. {_SEED_NOTE}; bold is the highest"
     )
     note += " on the same data." if len({group.task for group in groups}) > 1 else "."
     return Table("accuracy", "Final and best accuracy", note, columns, rows)
@@ -119,21 +120,25 @@ def settings_table(run_groups: RunGroups) -> Table | None:
     if not keys:
         return None
     names = {key: column_name(key, run_groups.keys) for key in keys}
-    columns = [Column("run", "method"), *(Column(name, name) for name in names.values())]
-
-    def format_group_setting(group, key):
-        return None if key not in group.settings else format_setting(group.settings[key])
-
-    rows = [
-        {"run": group.label}
-        | {name: format_group_setting(group, key) for key, name in names.items()}
+    cells = {
+        group.label: {
+            names[key]: format_setting(group.settings[key]) for key in keys if key in group.settings
+        }
         for group in run_groups.groups
-    ]
+    }
     note = (
         "Every setting that is not the same in all runs, but for seeds, folders and how it was "
-        "computed; - where a "
+        "computed; - where a method has none."
     )
-    note += "method has none."
+    if len(keys) <= max(_MAX_SETTING_COLUMNS, len(cells)):
+        columns = [Column("run", "method"), *(Column(name, name) for name in names.values())]
+        rows = [{"run": label, **of_group} for label, of_group in cells.items()]
+    else:  # as columns they would not fit the page
+        columns = [Column("setting", "setting"), *(Column(label, label) for label in cells)]
+        rows = [
+            {"setting": name} | {label: of.get(name, "-") for label, of in cells.items()}
+            for name in names.values()
+        ]
     return Table("settings", "What differs", note, columns, rows)
 
 
@@ -211,7 +216,7 @@ def low_rank_table(factors_of: Mapping[str, LowRank]) -> Table | None:
         Column("run", "method"),
         Column("layer", "layer"),
         Column("r", "r", _format_rank),
-        Column("effective_rank", "effective rank", format_number),
+        Column("effective_rank", "effective rank", _format_effective_rank),
         Column("norm", "norm", format_number),
     ]
     rows = [
@@ -259,6 +264,10 @@ def _format_tflop(number: float) -> str:
 
 def _format_gain(fraction: float) -> str:
     return f"{100 * fraction:+.2f}"
+
+
+def _format_effective_rank(rank: float) -> str:
+    return f"{rank:.2f}"
 
 
 def _format_rank(rank: float) -> str:

@@ -106,7 +106,7 @@ def collect_content(logs: Sequence[RunLog]) -> PageContent:
         clients.client_distribution(groups, look_of),
         clients.rival_scatter(pairs, look_of),
         *on_grids,
-        *sweeps.sweep_figures(groups, run_groups.keys, swept_keys),
+        *sweeps.sweep_figures(groups, run_groups.keys, swept_keys, look_of),
         curves.accuracy_by_bytes(groups, look_of),
         curves.accuracy_by_flops(groups, look_of),
         ranks.seconds_by_stage(groups, look_of),
