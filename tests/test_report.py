@@ -386,6 +386,26 @@ def test_a_logarithmic_axis_has_plain_numbers(tmp_path):
         assert axis.get_major_formatter()(10) == "10" and axis.get_minor_formatter()(20) == ""
 
 
+def test_no_table_is_wider_than_the_page(tmp_path):
+    """A line of the page holds about 105 digits; words of a title may be on lines of their own."""
+    runs = [
+        write_run(tmp_path / f"{name}", [0.5] * 3, [0.25] * 3, algorithm=name) for name in ("fedavg_ft", "local")
+    ]  # fmt: skip
+    found = read_groups(*runs)
+    made = [
+        table(found.groups)
+        for table in (tables.accuracy_table, tables.cost_table, tables.time_table)
+    ]
+    for table in [*made, tables.run_table(found.groups)]:
+        header, _, *rows = (line.split("|")[1:-1] for line in table.markdown().splitlines()[2:-2])
+        columns = zip(header, *rows, strict=True)
+        widths = [
+            max(len(word) for word in (*title.split(), *cells)) + 2 for title, *cells in columns
+        ]
+        widths[-1] = min(widths[-1], 20)  # a path is broken where it has a sign
+        assert sum(widths) < 105, table.name
+
+
 def test_more_settings_than_fit_as_columns_are_rows(tmp_path):
     runs = [
         write_run(tmp_path / f"{n}", [0.5] * 3, **{f"key{k}": k + 10 * n for k in range(8)})
