@@ -30,6 +30,7 @@ from fedlora_mpi.analysis.page.style import (
     place_apart,
     plot_style,
     render_files,
+    wrap_label,
 )
 from fedlora_mpi.analysis.page.table import Column, Table, format_percent
 from fedlora_mpi.analysis.run_view import RunView
@@ -404,6 +405,10 @@ def test_no_table_is_wider_than_the_page(tmp_path):
         ]
         widths[-1] = min(widths[-1], 20)  # a path is broken where it has a sign
         assert sum(widths) < 105, table.name
+
+
+def test_a_label_is_broken_at_its_commas():
+    assert wrap_label("FedLoRA, lora_epochs 2, lr 0.01", 26) == "FedLoRA, lora_epochs 2,\nlr 0.01"
 
 
 def test_more_settings_than_fit_as_columns_are_rows(tmp_path):

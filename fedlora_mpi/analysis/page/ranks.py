@@ -62,11 +62,9 @@ def seconds_by_stage(groups: Sequence[Group], looks: Looks) -> PageFigure | None
         xlim=(0, longest or 1),
     )
     axes.tick_params(axis="y", length=0)
-    handles, stage_names = _legend_entries(axes)
-    axes.legend(
-        handles, stage_names, frameon=False, ncols=len(handles), loc="lower left",
-        bbox_to_anchor=(0, 1), borderaxespad=0,
-    )  # fmt: skip
+    fig.legend(
+        *_legend_entries(axes), loc="outside upper right", ncols=len(STAGE_COLORS), frameon=False
+    )
     caption = (
         "Mean seconds of a round by stage, mean over seeds, on the ranks that train clients: of "
         "several workers the one with the median busy time (training and evaluation) and the "

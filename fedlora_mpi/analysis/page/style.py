@@ -282,8 +282,9 @@ def place_apart(wanted: np.ndarray, sizes: np.ndarray, length: float = 1.0) -> n
 
 
 def wrap_label(text: str, width: int = 34) -> str:
-    """Return a label broken into lines of at most ``width`` characters."""
-    return textwrap.fill(text, width)
+    """Return a label broken into lines of at most ``width`` characters, if possible at commas."""
+    parts = [part.replace(" ", "\xa0") for part in text.split(", ")]
+    return textwrap.fill(", ".join(parts), width).replace("\xa0", " ")
 
 
 def set_log_axis(axes: "Axes") -> None:
