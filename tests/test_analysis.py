@@ -267,7 +267,7 @@ def cells(text):
 def test_a_report_holds_the_last_the_best_and_the_worst(tmp_path):
     path = logged(tmp_path / "a", [0.25, 0.75], [0.5, 1.0], [np.nan, np.nan], rounds=9)
     row = dict(zip(*cells(report.table([path])), strict=True))
-    assert row.pop("run") == str(path) and row.pop("algorithm") == "fedavg"
+    assert row.pop("run") == str(path) and row.pop("method") == "FedAvg"
     assert row.pop("rounds") == "3/9" and row.pop("seed") == "1"
     assert row.pop("up/client") == "3 kB" and row.pop("s/round") == "2"
     assert row == {"final": "75.00%", "best": "75.00% @2", "worst client": "50.00%"}
@@ -296,7 +296,7 @@ def test_runs_that_differ_in_their_seed_only_get_a_mean(tmp_path):
     assert len(rows) == 1 + 5 + 1
     # of 0.15, 0.30, 0.45; of 0.1, 0.2, 0.3
     spread = ["30.00% ±15.00", "30.00% ±15.00", "20.00% ±10.00"]
-    assert rows[-1] == ["fedavg", "1", "3 seeds", *spread, "3 kB", "2", "mean ± std of 3 runs"]
+    assert rows[-1] == ["FedAvg", "1", "3 seeds", *spread, "3 kB", "2", "mean ± std of 3 runs"]
 
 
 def test_the_same_seed_twice_gets_no_mean(tmp_path):

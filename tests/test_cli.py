@@ -419,10 +419,10 @@ def test_a_report_has_a_row_for_each_run(call, six):
     code, out, err = call("report", six, six)
     assert (code, err) == (0, "")
     header, *rows = out.splitlines()
-    assert header.split()[:3] == ["algorithm", "rounds", "seed"] and len(rows) == 2
+    assert header.split()[:3] == ["method", "rounds", "seed"] and len(rows) == 2
     for row in rows:
         assert row.split()[:4] == [
-            "fedlora",
+            "FedLoRA",
             "6",
             "1",
             f"{RunFiles(six).rounds()['accuracy'][-1]:.2%}",

@@ -10,6 +10,7 @@ import pytest
 from runs import TESTS, build_tiny, run_rounds, trees_equal
 
 from fedlora_mpi import algorithms
+from fedlora_mpi.analysis.method_names import paper_name
 from fedlora_mpi.models.zoo import build
 
 ROOT = TESTS.parent
@@ -35,6 +36,11 @@ def test_every_method_has_a_heading_and_its_place():
         "-->` under it, and docs/make_methods.py a line in SAID, for every file of "
         "fedlora_mpi/algorithms"
     )
+
+
+def test_a_heading_is_the_name_that_a_report_shows():
+    headings = {name: title for title, name in MAKE["HEADING"].findall(PAGE)}
+    assert {name: paper_name(name) for name in headings} == headings
 
 
 @pytest.fixture(params=["computed", pytest.param("measured", marks=pytest.mark.thorough)])

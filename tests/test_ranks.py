@@ -186,7 +186,7 @@ def test_the_page_has_a_bar_for_each_rank_and_stage(tmp_path):
     alone = read_groups(folder).groups
     assert (
         page.seconds_by_rank(alone, assign_looks(alone)) is None
-        and "balance" not in tables.cost_table(alone).csv()
+        and "balance" not in tables.time_table(alone).csv()
     )
     measured = {name: column[1:3] for name, column in TWO.items()}
     (group,) = alone
@@ -204,5 +204,51 @@ def test_the_page_has_a_bar_for_each_rank_and_stage(tmp_path):
     bars = [bar.get_height() for bar in drawn.figure.axes[0].patches]
     # train, evaluate and waiting of three ranks over two rounds
     assert bars == [0, 3.5, 4.5, 0, 1.5, 0, 6, 1, 1.5]
-    assert [text.get_text() for text in drawn.figure.axes[0].texts] == ["79% balanced"]
-    assert float(table_rows(tables.cost_table(groups))[0]["balance_mean"]) == 9.5 / 12
+    assert drawn.figure.axes[0].get_title("left") == "FedAvg, 79% balanced"
+    median, slowest = table_rows(tables.time_table(groups))
+    assert (median["of"], slowest["of"]) == ("median of 2 workers", "slowest worker")
+    # not of rank 0, which waits 6 seconds: of the mean of two workers, and of the busier one
+    stages = ("seconds_train", "seconds_evaluate", "seconds_waiting")
+    assert [float(median[stage]) for stage in stages] == [4, 0.75, 1.25]
+    assert [float(slowest[stage]) for stage in stages] == [3.5, 1.5, 1]
+    assert float(median["balance"]) == 9.5 / 12
+    with plot_style():
+        axes = page.seconds_by_stage(groups, assign_looks(groups)).figure.axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [4, 0.75, 1.25, 3.5, 1.5, 1]
+    assert [text.get_text() for text in axes.texts] == [
+        "median of 2 workers: 4.75 s busy",
+        "slowest: 5 s busy",
+    ]
+
+
+@pytest.mark.parametrize(
+    "hosts, seconds, workers, median, slowest",
+    [
+        (0, [9, 1, 5, 2], 4, 3.5, 9),  # the server hosts clients too: all ranks are workers
+        (1, [9, 1, 5, 2], 3, 2, 5),
+        (1, [9, 4], 1, 4, 4),
+    ],
+)
+def test_the_median_worker_is_in_the_middle(hosts, seconds, workers, median, slowest):
+    load = loads.RankLoad(
+        {"train": np.array(seconds), "evaluate": np.zeros(len(seconds))}, nan, hosts
+    )
+    found = load.worker_seconds()
+    assert (found.workers, found.median["train"], found.slowest["train"]) == (
+        workers,
+        median,
+        slowest,
+    )
+
+
+def test_the_only_process_is_its_own_worker():
+    one = {
+        "ranks": np.array([1]),
+        "seconds_train": np.array([[3.0]]),
+        "seconds_evaluate": np.array([[1.0]]),
+    }
+    assert loads.measure_load(one, {}).worker_seconds() == (
+        1,
+        {"train": 3, "evaluate": 1},
+        {"train": 3, "evaluate": 1},
+    )

@@ -15,15 +15,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from folders import read_groups, table_rows, write_run
+from matplotlib.colors import to_rgb
 from runs import TINY, process_environment
 
 from fedlora_mpi import open_run, open_runs
 from fedlora_mpi.analysis import groups, parts
 from fedlora_mpi.analysis import runs as several
 from fedlora_mpi.analysis.groups import RunLog, Stat, differing_keys, group_labels, group_runs
-from fedlora_mpi.analysis.page import clients, curves, personal, sweeps, tables, write
+from fedlora_mpi.analysis.page import clients, curves, personal, ranks, sweeps, tables, write
 from fedlora_mpi.analysis.page.crowd import PALE, assign_looks, best_and_worst
-from fedlora_mpi.analysis.page.style import distinct_looks, place_apart, plot_style, render_files
+from fedlora_mpi.analysis.page.style import (
+    COLORS,
+    distinct_looks,
+    place_apart,
+    plot_style,
+    render_files,
+    wrap_label,
+)
 from fedlora_mpi.analysis.page.table import Column, Table, format_percent
 from fedlora_mpi.analysis.run_view import RunView
 from fedlora_mpi.cli import main
@@ -35,7 +43,7 @@ def test_runs_that_differ_in_seeds_and_folders_only_are_one_group(tmp_path):
     found = read_groups(
         *(write_run(tmp_path / f"{seed}", [0.1, 0.2, 0.3], seed=seed) for seed in (1, 2, 3))
     )
-    assert [group.label for group in found.groups] == ["fedavg"] and found.keys == ()
+    assert [group.label for group in found.groups] == ["FedAvg"] and found.keys == ()
     assert [run.seeds for run in found.groups[0].runs] == [(1, 1), (2, 2), (3, 3)]
 
 
@@ -49,39 +57,48 @@ def test_the_same_seed_twice_counts_once_and_the_longer_run_stays(tmp_path):
 
 FEDLORA = {"algorithm.name": "fedlora", "train.lr": 0.1}
 CASES = [
-    ([{"algorithm.name": "fedavg"}], ["fedavg"]),
-    ([{"algorithm.name": "my.module:FedPer"}, {"algorithm.name": "local"}], ["FedPer", "local"]),
-    # fields of other methods' own set nothing apart, nor does a learning rate that follows from the
-    # method
+    ([{"algorithm.name": "fedavg"}], ["FedAvg"]),
+    ([{"algorithm.name": "my.module:FedPer"}, {"algorithm.name": "local"}], ["FedPer", "Local"]),
+    (  # a class of the user may have the name of a method of the package
+        [{"algorithm.name": n} for n in ("my.module:FedAvg", "fedavg", "fedavg_ft")],
+        ["my.module:FedAvg", "fedavg", "FedAvg+FT"],
+    ),
+    # fields of other methods' own set nothing apart; a learning rate of the method's own is said
     (
         [FEDLORA | {"algorithm.lora_epochs": 2}, {"algorithm.name": "fedprox", "algorithm.mu": 1.0, "train.lr": 0.3}],
-        ["fedlora", "fedprox"],
+        ["FedLoRA, lr 0.1", "FedProx, lr 0.3"],
     ),
-    (  # only the method that comes in two versions says which
+    (  # only a method that has the field says it
         [FEDLORA | {"algorithm.lora_epochs": n} for n in (1, 2)] + [{"algorithm.name": "local", "train.lr": 0.1}],
-        ["fedlora, lora_epochs 1", "fedlora, lora_epochs 2", "local"],
+        ["FedLoRA, lora_epochs 1", "FedLoRA, lora_epochs 2", "Local"],
     ),
     (
         [FEDLORA | {"data.partition.kind": "dirichlet_class", "data.partition.alpha": alpha} for alpha in (0.1, 1.0)]
         + [FEDLORA | {"data.partition.kind": "iid"}],
-        ["fedlora, dirichlet_class, alpha 0.1", "fedlora, dirichlet_class, alpha 1", "fedlora, iid"],
+        ["FedLoRA, dirichlet_class, alpha 0.1", "FedLoRA, dirichlet_class, alpha 1", "FedLoRA, iid"],
     ),
-    (  # what a method was run on is told of all of them, before what is the method's own
+    (  # the data are said first, and what differs on the same data
         [{"algorithm.name": n, "lr": lr, "data.dataset": d} for n, lr, d in ("a1x", "a1y", "b1x", "b2x")],
-        ["a, x", "a, y", "b, x, lr 1", "b, x, lr 2"],
+        ["a, x, lr 1", "a, y", "b, x, lr 1", "b, x, lr 2"],
     ),
     (  # one word for two keys
         [FEDLORA | {"algorithm.alpha": a, "data.partition.alpha": b} for a, b in ((1, 0.1), (1, 0.5), (2, 0.1))],
-        [f"fedlora, partition.alpha {of}" for of in ("0.1, algorithm.alpha 1", "0.5", "0.1, algorithm.alpha 2")],
+        [f"FedLoRA, partition.alpha {of}" for of in
+         ("0.1, algorithm.alpha 1", "0.5, algorithm.alpha 1", "0.1, algorithm.alpha 2")],
     ),
     (
         [FEDLORA | {"model.name": "cnn"}, FEDLORA | {"model.mix": [{"name": "cnn1"}, {"name": "cnn2"}]}],
-        ["fedlora, cnn", "fedlora, mix"],
+        ["FedLoRA, cnn", "FedLoRA, mix"],
     ),
-    ([FEDLORA | {"rounds": n} for n in (5, 8)] + [{"algorithm.name": "local", "rounds": 8}],
-     ["fedlora, rounds 5", "fedlora, rounds 8", "local, rounds 8"]),
+    (  # networks of a mix that differ in an option alone
+        [FEDLORA | {"model.mix": [{"name": "cnn", "width": w}]} for w in (1, 2)],
+        ["FedLoRA, mix [cnn] (1)", "FedLoRA, mix [cnn] (2)"],
+    ),
+    ([FEDLORA | {"train.lr": lr} for lr in (0.1, 0.10000001)], ["FedLoRA, lr 0.1", "FedLoRA, lr 0.10000001"]),
+    ([FEDLORA | {"rounds": n} for n in (5, 8)] + [{"algorithm.name": "local", "rounds": 8, "train.lr": 0.1}],
+     ["FedLoRA, rounds 5", "FedLoRA, rounds 8", "Local, rounds 8"]),
     ([FEDLORA | {"diagnose": on, "full": full} for on, full in ((True, ["head"]), (False, ["head"]), (False, None))],
-     ["fedlora, diagnose yes", "fedlora, diagnose no, full [head]", "fedlora, diagnose no, full none"]),
+     ["FedLoRA, diagnose yes, full [head]", "FedLoRA, diagnose no, full [head]", "FedLoRA, diagnose no, full none"]),
 ]  # fmt: skip
 
 
@@ -89,6 +106,15 @@ CASES = [
 def test_a_label_is_what_sets_a_group_apart(settings, wanted):
     assert group_labels(settings) == wanted
     assert len(set(wanted)) == len(wanted)
+
+
+def test_a_setting_of_another_data_set_changes_nothing(tmp_path):
+    run = RunLog.read(write_run(tmp_path / "a", [0.1] * 3))
+    run.config["data"] |= {name: {"seed": 1} for name in ("synthetic", "text", "table")}
+    assert "data.synthetic.seed" not in run.settings
+    other = RunLog.read(write_run(tmp_path / "b", [0.1] * 3, dataset="synthetic", seed=2))
+    other.config["data"] |= {name: {"seed": 1} for name in ("synthetic", "text", "table")}
+    assert [key for key in other.settings if key.endswith(".seed")] == ["data.synthetic.seed"]
 
 
 def test_keys_of_a_block_are_compared_where_its_selector_is_the_same():
@@ -123,7 +149,7 @@ def test_the_numbers_of_the_accuracy_table(tmp_path):
     def number(row, key):
         return pytest.approx(float(row[key]))
 
-    assert (fedavg["run"], fedavg["seeds"], fedavg["rounds"]) == ("fedavg", "2", "3")
+    assert (fedavg["run"], fedavg["seeds"], fedavg["rounds"]) == ("FedAvg, rounds 3", "2", "3")
     assert 0.4 == number(fedavg, "final_mean") == number(fedavg, "best_mean")
     assert number(fedavg, "final_std") == 0.4 / 2**0.5  # of 0.2 and 0.6
     # of 0.1 and 0.3, twice
@@ -133,9 +159,11 @@ def test_the_numbers_of_the_accuracy_table(tmp_path):
         and number(local, "best_mean") == 0.6
         and local["final_std"] == ""
     )
-    assert "| local | 1 | 2 | **40.00** | **60.00** | **40.00** | 0.00 |" in table.markdown()
+    assert (
+        "| Local, rounds 2 | 1 | 2 | **40.00** | **60.00** | **40.00** | 0.00 |" in table.markdown()
+    )
     # equal as shown: both bold
-    assert "| fedavg | 2 | 3 | **40.00 ± 28.28** | 40.00 ± 28.28 |" in table.markdown()
+    assert "| FedAvg, rounds 3 | 2 | 3 | **40.00 ± 28.28** | 40.00 ± 28.28 |" in table.markdown()
 
 
 def test_what_was_run_on_other_data_is_not_compared(tmp_path):
@@ -144,10 +172,10 @@ def test_what_was_run_on_other_data_is_not_compared(tmp_path):
     groups_ = read_groups(*made).groups
     assert [group.task for group in groups_] == ["x", "x", "y", "y"]
     assert write.summarize(groups_) == (
-        "Highest final accuracy (x), mean over clients: local, x with 50.00 % (one seed), "
-        "25.00 points above fedper, x (25.00 %). "
-        "Highest final accuracy (y), mean over clients: fedper, y with 75.00 % (one seed), "
-        "62.50 points above local, y (12.50 %)."
+        "Highest final accuracy (x), mean over clients: Local, x with 50.00 % (one seed), "
+        "25.00 points above FedPer, x (25.00 %). "
+        "Highest final accuracy (y), mean over clients: FedPer, y with 75.00 % (one seed), "
+        "62.50 points above Local, y (12.50 %)."
     )
     bold = [
         line.split(" |")[3].startswith(" **")
@@ -174,13 +202,19 @@ def test_the_numbers_of_the_other_tables(tmp_path):
     ]
     found = read_groups(*paths)
     cost = table_rows(tables.cost_table(found.groups))[0]
-    assert [
-        float(cost[k]) for k in ("bytes_up", "bytes_down", "tflop", "seconds_train", "seconds")
-    ] == [
+    assert [float(cost[k]) for k in ("bytes_up", "bytes_down", "bytes", "tflop")] == [
         1000,
         2000,
+        18000,
         4,
+    ]
+    assert (
+        "| FedAvg | 1 kB | 2 kB | 18 kB | 4 TFLOP |" in tables.cost_table(found.groups).markdown()
+    )
+    time = table_rows(tables.time_table(found.groups))[0]
+    assert [float(time[k]) for k in ("seconds_train", "seconds_exchange", "seconds")] == [
         1.5,
+        0.5,
         4,
     ]
     runs = table_rows(tables.run_table(found.groups))
@@ -190,16 +224,14 @@ def test_the_numbers_of_the_other_tables(tmp_path):
     assert runs[2]["best_round"] == "2" and float(runs[2]["final"]) == pytest.approx(1.3 / 3)
     (pair,) = clients.rival_pairs(found.groups)
     assert (pair.group.label, pair.rival.label, pair.seeds, clients.num_as_good(pair)) == (
-        "fedper",
-        "fedavg",
+        "FedPer",
+        "FedAvg",
         2,
         4,
     )
     against = table_rows(tables.rival_table([pair]))[0]
     assert [float(against[k]) for k in ("gain", "worst")] == pytest.approx([-0.1, -0.4])
-    assert table_rows(tables.settings_table(found)) == [
-        {"run": n, "algorithm": n} for n in ("fedavg", "fedper")
-    ]
+    assert tables.settings_table(found) is None  # nothing but the method, which names the rows
 
 
 def test_a_method_is_compared_on_the_same_clients_alone(tmp_path):
@@ -225,14 +257,14 @@ def test_curves_are_of_the_rounds_that_all_seeds_have(tmp_path):
     assert rounds.tolist() == [1, 3] and np.allclose(values, [[0.1, 0.3], [0.3, 0.5]])
     assert np.allclose([part[:, 0] for part in group.client_curves("accuracy")[1]], values)
     assert group.curves("nothing")[1].size == 0
-    figure = curves.learning_curves([group], {"fedavg": distinct_looks(1)[0]}).figure
+    figure = curves.learning_curves([group], {"FedAvg": distinct_looks(1)[0]}).figure
     (line,) = figure.axes[0].lines
     assert np.allclose(line.get_xydata(), [[1, 20], [3, 40]])
 
 
 def test_a_cost_is_the_sum_so_far_in_its_unit(tmp_path):
     (group,) = read_groups(write_run(tmp_path / "a", [0.1] * 3, [np.nan] * 3, [0.4] * 3)).groups
-    look = {"fedavg": distinct_looks(1)[0]}
+    look = {"FedAvg": distinct_looks(1)[0]}
     (line,) = curves.accuracy_by_bytes([group], look).figure.axes[0].lines
     assert np.allclose(line.get_xydata(), [[9, 10], [27, 40]])
     (line,) = curves.accuracy_by_flops([group], look).figure.axes[0].lines
@@ -245,11 +277,11 @@ def test_a_dot_is_a_client_and_a_bar_the_seconds_of_a_stage(tmp_path):
         for s in (1, 2)
     ]
     (group,) = read_groups(*found).groups
-    look = {"fedavg": distinct_looks(1)[0]}
+    look = {"FedAvg": distinct_looks(1)[0]}
     axes = clients.client_distribution([group], look).figure.axes[0]
     assert np.allclose(axes.collections[0].get_offsets()[:, 0], [10, 20, 20, 20])
     assert np.allclose(axes.lines[0].get_xdata(), 17.5)
-    axes = curves.seconds_by_stage([group], look).figure.axes[0]
+    axes = ranks.seconds_by_stage([group], look).figure.axes[0]
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 1.5), (1.5, 0.5)]
     assert [text.get_text() for text in axes.texts] == ["2 s"]
 
@@ -263,11 +295,11 @@ def test_the_numbers_of_a_comparison_are_those_of_the_clients(tmp_path):
     with plot_style():
         drawn = clients.rival_scatter(
             clients.rival_pairs(groups_),
-            dict(zip(("fedper", "local"), distinct_looks(2), strict=True)),
+            dict(zip(("FedPer", "Local"), distinct_looks(2), strict=True)),
         )
     axes = drawn.figure.axes[0]
     assert axes.collections[0].get_offsets().tolist() == [[25, 50], [75, 75], [50, 100]]
-    assert axes.texts[0].get_text() == "● local: 3 of 3" and axes.get_title("left") == "fedper"
+    assert axes.texts[0].get_text() == "● Local: 3 of 3" and axes.get_title("left") == "FedPer"
 
 
 def test_metrics_are_reported_without_torch(tmp_path):
@@ -285,7 +317,7 @@ def test_what_diagnose_has_logged_is_drawn_and_nothing_else(tmp_path):
     (group,) = read_groups(
         write_run(tmp_path / "a", [0.1] * 3, [0.2] * 3, extra_column="lora_bias")
     ).groups
-    (drawn,) = curves.diagnosis_curves([group], {"fedavg": distinct_looks(1)[0]})
+    (drawn,) = curves.diagnosis_curves([group], {"FedAvg": distinct_looks(1)[0]})
     assert drawn.name == "lora_bias" and drawn.figure.axes[0].lines[0].get_ydata().tolist() == [
         7,
         14,
@@ -302,7 +334,8 @@ def test_a_setting_that_differs_is_swept_and_two_are_a_grid(tmp_path):
         )
 
     found = read_groups(*(make(e, 0.5, s) for e in (5, 1, 3) for s in (1, 2)))
-    (drawn,) = sweeps.sweep_figures(found.groups, found.keys, set())
+    looks = assign_looks(found.groups)
+    (drawn,) = sweeps.sweep_figures(found.groups, found.keys, set(), looks)
     line = drawn.figure.axes[0].lines[0]
     assert (
         np.allclose(line.get_xydata(), [[1, 6], [3, 8], [5, 10]])
@@ -317,7 +350,79 @@ def test_a_setting_that_differs_is_swept_and_two_are_a_grid(tmp_path):
     assert np.allclose(
         values, [[3, 4], [4, 5], [5, 6]] if values.shape == (3, 2) else [[3, 4, 5], [4, 5, 6]]
     )
-    assert sweeps.sweep_figures(found.groups, found.keys, used) == []
+    assert sweeps.sweep_figures(found.groups, found.keys, used, {}) == []
+
+
+def test_a_method_has_one_colour_and_its_settings_have_dashes(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{name}-{lr}", [lr] * 3, algorithm=name, lr=lr)
+        for name in ("fedavg", "fedlora") for lr in (0.1, 0.2)
+    ]  # fmt: skip
+    found = read_groups(*runs)
+    looks = assign_looks(found.groups)
+    assert [looks[f"FedAvg, lr {lr}"].color for lr in ("0.1", "0.2")] == [COLORS[0]] * 2
+    assert [looks[f"FedLoRA, lr {lr}"].color for lr in ("0.1", "0.2")] == [COLORS[1]] * 2
+    assert len(set(looks.values())) == 4
+    (drawn,) = sweeps.sweep_figures(found.groups, found.keys, set(), looks)
+    axes = drawn.figure.axes[0]
+    colors = {t.get_text(): t.arrow_patch.get_edgecolor()[:3] for t in axes.texts}
+    assert colors == {"FedAvg": to_rgb(COLORS[0]), "FedLoRA": to_rgb(COLORS[1])}
+    (scatter,) = (
+        clients.rival_scatter(clients.rival_pairs(found.groups), looks).figure.axes[0].collections
+    )
+    assert tuple(scatter.get_facecolor()[0][:3]) == pytest.approx(to_rgb(COLORS[0]))  # of FedAvg
+
+
+def test_a_logarithmic_axis_has_plain_numbers(tmp_path):
+    runs = [
+        write_run(
+            tmp_path / f"{epochs}", [0.5] * 3, algorithm={"name": "fedlora", "epochs": epochs}
+        )
+        for epochs in (1, 2, 3, 4, 5, 6, 7, 8, 9, 100)
+    ]
+    found = read_groups(*runs)
+    with plot_style():
+        (drawn,) = sweeps.sweep_figures(found.groups, found.keys, set(), assign_looks(found.groups))
+        axis = drawn.figure.axes[0].xaxis
+        assert axis.get_major_formatter()(10) == "10" and axis.get_minor_formatter()(20) == ""
+
+
+def test_no_table_is_wider_than_the_page(tmp_path):
+    """A line of the page holds about 105 digits; words of a title may be on lines of their own."""
+    runs = [
+        write_run(tmp_path / f"{name}", [0.5] * 3, [0.25] * 3, algorithm=name) for name in ("fedavg_ft", "local")
+    ]  # fmt: skip
+    found = read_groups(*runs)
+    made = [
+        table(found.groups)
+        for table in (tables.accuracy_table, tables.cost_table, tables.time_table)
+    ]
+    for table in [*made, tables.run_table(found.groups)]:
+        header, _, *rows = (line.split("|")[1:-1] for line in table.markdown().splitlines()[2:-2])
+        columns = zip(header, *rows, strict=True)
+        widths = [
+            max(len(word) for word in (*title.split(), *cells)) + 2 for title, *cells in columns
+        ]
+        widths[-1] = min(widths[-1], 20)  # a path is broken where it has a sign
+        assert sum(widths) < 105, table.name
+
+
+def test_a_label_is_broken_at_its_commas():
+    assert wrap_label("FedLoRA, lora_epochs 2, lr 0.01", 26) == "FedLoRA, lora_epochs 2,\nlr 0.01"
+
+
+def test_more_settings_than_fit_as_columns_are_rows(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{n}", [0.5] * 3, **{f"key{k}": k + 10 * n for k in range(8)})
+        for n in (1, 2)
+    ]
+    found = read_groups(*runs)
+    rows = table_rows(tables.settings_table(found))
+    assert len(rows) == 8 and list(rows[0].values()) == ["key0", "10", "20"]
+    few = read_groups(
+        write_run(tmp_path / "a", [0.5] * 3), write_run(tmp_path / "b", [0.5] * 3, lr=2)
+    )
+    assert [row["lr"] for row in table_rows(tables.settings_table(few))] == ["0.1", "2"]
 
 
 def test_labels_are_as_near_to_their_curves_as_they_go_without_overlap():
@@ -403,7 +508,7 @@ def test_low_rank_factors_are_shown_before_other_personal_parts(four, monkeypatc
         shown = personal.personal_figures(
             group_runs([RunLog.read(four / "runs" / run) for run in ("b-1", "c-1")]).groups
         )
-    assert [*shown.tables] == ["fedlora"] and [figure.name for figure in shown.figures] == [
+    assert [*shown.tables] == ["FedLoRA"] and [figure.name for figure in shown.figures] == [
         "lowrank-1",
         "similarity-1",
     ]
@@ -418,7 +523,8 @@ def test_low_rank_parts_are_those_of_the_clients_models(four):
     for at in (0, 4):
         view = run.client(at)
         tau = view.algorithm.tau(view.network, view.variables.personal)
-        assert tuple(tau) == found.layers
+        assert tuple(tau) == ("0.weight", "3.weight", "7.weight", "9.weight")
+        assert found.layers == ("conv 1", "conv 2", "linear 3", "linear 4")
         norms = [float(value.norm()) for value in tau.values()]
         assert np.allclose(found.norm[:, at], norms, rtol=1e-4) and min(norms) > 0
         assert (found.effective_rank[:, at] <= found.num_components[:, at] + 1e-6).all()
@@ -464,6 +570,38 @@ def test_similarity_is_the_cosine_of_the_personal_parts(four):
         assert np.allclose(found.labels, mixes @ mixes.T)
 
 
+def test_cosines_have_one_diverging_scale_and_norms_one_scale_per_layer():
+    alike = parts.ClientSimilarity(
+        (0, 1, 2), np.array([[1, 0.1, -0.2], [0.1, 1, 0], [-0.2, 0, 1]]), np.eye(3), False
+    )
+    factors = parts.LowRank(
+        ("conv 1", "head"),
+        (0, 1),
+        norm=np.array([[1.0, 2.0], [100.0, np.nan]]),
+        effective_rank=np.ones((2, 2)),
+        num_components=np.ones((2, 2)),
+    )
+    with plot_style():
+        cosines = personal.similarity_figure(alike, "s", "a", "b").figure
+        norms = personal.effective_rank_figure(factors, "l", "a", "b").figure
+    left, right = (axes.images[0] for axes in cosines.axes[:2])
+    assert left.get_clim() == right.get_clim() == (-1, 1)
+    assert left.get_cmap().name == right.get_cmap().name == "RdBu_r"
+    assert np.allclose(left.get_cmap()(0.5)[:3], 1, atol=0.05)  # white at 0
+    shown = norms.axes[1].images[0].get_array().filled(np.nan)
+    assert np.array_equal(shown, [[0.5, 1], [1, np.nan]], equal_nan=True)
+
+
+def test_a_layer_is_named_by_its_path_or_if_that_is_a_number_by_its_kind():
+    dims = {"0.weight": 4, "2.1.weight": 2, "layer1.0.conv1.weight": 4, "5.weight": 7}
+    assert parts.layer_names(tuple(dims), dims) == (
+        "conv 1",
+        "linear 2",
+        "layer1.0.conv1",
+        "layer 4",
+    )
+
+
 def test_a_checkpoint_over_the_limit_is_not_read(four):
     run = open_run(four / "runs/c-1")
     assert parts.read_leaves(run, parts.checkpoint_bytes(run) - 1) is None
@@ -491,12 +629,12 @@ def test_tables_of_runs_hold_each_run_whole(four):
         mine = clients_[clients_["path"] == path]
         assert mine["accuracy"].tolist() == run.clients["accuracy"].tolist()
     assert runs.settings["run"].tolist() == [
-        "fedavg",
-        "fedavg",
-        "local",
-        "fedlora",
-        "fedlora",
-        "fedit",
+        "FedAvg, lr 0.05",
+        "FedAvg, lr 0.05",
+        "Local, lr 0.05",
+        "FedLoRA, lr 0.05",
+        "FedLoRA, lr 0.05",
+        "FedIT, lr 0.005",
     ]
     assert runs.settings["seed"].tolist() == [1, 2, 1, 1, 2, 1]
 
@@ -528,7 +666,7 @@ def test_of_many_settings_the_best_and_worst_are_named_and_the_others_pale(tmp_p
         drawn = curves.learning_curves(found, look)
         spread, bars, dots = (
             of(found, look)
-            for of in (curves.client_spread, curves.seconds_by_stage, clients.client_distribution)
+            for of in (curves.client_spread, ranks.seconds_by_stage, clients.client_distribution)
         )
     axes = drawn.figure.axes[0]
     assert len(axes.lines) == 30 and sum(line.get_color() == PALE for line in axes.lines) == 18
@@ -643,7 +781,7 @@ def test_no_figure_is_empty(page):
 
 
 def test_every_table_is_there_in_every_form(page):
-    names = ("accuracy", "settings", "against", "costs", "lowrank", "runs")
+    names = ("accuracy", "settings", "against", "costs", "seconds", "lowrank", "runs")
     files = {path.name for path in (page / "tables").iterdir()}
     assert files == {f"{name}.{kind}" for name in names for kind in ("csv", "md", "tex")} | {
         "rounds.csv",
@@ -675,7 +813,7 @@ def test_a_report_again_leaves_nothing_of_the_one_before_and_has_the_users_setti
         assert main(["report", str(four / "runs/b-1"), "-o", str(out)]) == 0
         assert matplotlib.rcParams["font.size"] == 30
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{out / 'report.html'}: {len(ALONE)} figures and 3 tables of 1 runs, ")
+    assert line.startswith(f"{out / 'report.html'}: {len(ALONE)} figures and 4 tables of 1 run, ")
     assert {path.stem for path in (out / "figures").iterdir()} == ALONE | {"mine"}
     assert files(out, but=["mine.txt"]) == files(small_page)
 
@@ -687,7 +825,7 @@ def test_a_large_report_again_is_the_same(page, small_page, four, tmp_path, caps
     assert main(["report", *sorted(map(str, (four / "runs").iterdir())), "-o", str(out)]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(
-        f"{out / 'report.html'}: {len(FIGURES)} figures and 6 tables of 6 runs, "
+        f"{out / 'report.html'}: {len(FIGURES)} figures and 7 tables of 6 runs, "
     )
     assert files(out) == files(page)
 
@@ -716,16 +854,20 @@ def test_a_page_says_what_a_reader_must_know(tmp_path):
     with plot_style():
         content = write.collect_content(write.read_logs(runs))
     said = " ".join(content.notes)
-    assert "fedavg: its seeds are at different rounds (1, 2)" in said
+    assert "FedAvg, rounds 9: its seeds are at different rounds (1, 2)" in said
     assert f"Not done yet: {runs[0]} (1 of 9), {runs[1]} (2 of 9)." in said
     assert f"{runs[2]} is left out: the same settings and seeds as {runs[0]}." in said
     top = (
-        "Highest final accuracy, mean over clients: <Own> with 75.00 % (one seed), 30.00 points "
-        "above fedavg, rounds"
+        "Highest final accuracy, mean over clients: <Own>, rounds 1 with 75.00 % (one seed), "
+        "30.00 points above FedAvg, rounds 9 ("
     )
     text = write.render_page(content, {drawn.name: b"" for drawn in content.figures}, [])
-    assert write.summarize(content.run_groups.groups).startswith(top.partition(", rounds")[0])
+    assert write.summarize(content.run_groups.groups).startswith(top)
     assert "&lt;Own&gt;" in text and "<Own>" not in text
+    assert "3 clients, 1 to 2 seeds per setting, 1 to 2 rounds." in text
+    assert "mean over 3 clients and 1 to 2 seeds" in content.figures[0].caption
+    # the rule in its own words, not its name in a config
+    assert "Every client draws the same number of samples" in content.figures[-1].caption
 
 
 def test_runs_of_which_no_round_was_evaluated_have_a_page(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""FedPer whose own heads are pulled towards the mean of all heads.
+"""FedPer whose own heads are pulled towards the mean of all heads (Elastic head).
 
 Zhang, Choromanska, LeCun, "Deep Learning with Elastic Averaging SGD", NeurIPS 2015,
 https://arxiv.org/abs/1412.6651, eq. (5), here once a round and for the head alone. For client i

@@ -1,9 +1,9 @@
 """LoRA factors shared by all tasks and averaged exactly; the classifier grows with the classes.
 
 Yu et al., "Task-agnostic Low-rank Residual Adaptation for Efficient Federated Continual
-Fine-Tuning", 2025, https://arxiv.org/abs/2505.12318. The weights are W_0 + W + s B A, and h_c is
-row c of the classifier. A client of the round owns class c if it has n_kc > 0 samples of it. A
-class is seen once a client of any cohort has owned it:
+Fine-Tuning" (Fed-TaLoRA), 2025, https://arxiv.org/abs/2505.12318. The weights are W_0 + W + s B A,
+and h_c is row c of the classifier. A client of the round owns class c if it has n_kc > 0 samples of
+it. A class is seen once a client of any cohort has owned it:
 
     A, B, W  as in FedEx-LoRA:  W <- W + R,  R = sum_k p_k s B_k A_k - s B A,  p_k = n_k / n
     h_c  <-  sum_{k owns c} n_k h_ck / sum_{k owns c} n_k      c without an owner: h_c stays

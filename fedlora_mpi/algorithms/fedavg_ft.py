@@ -1,4 +1,4 @@
-"""FedAvg whose clients fine-tune the model they received before they use it.
+"""FedAvg whose clients fine-tune the model they received before they use it (FedAvg+FT).
 
 Wang et al., "Federated Evaluation of On-device Personalization", 2019,
 https://arxiv.org/abs/1910.10252; Yu et al., "Salvaging Federated Learning by Local Adaptation",

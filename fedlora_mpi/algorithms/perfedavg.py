@@ -1,8 +1,8 @@
 """One shared model that performs well after one gradient step on a client's data, not before it.
 
 Fallah et al., "Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic
-Meta-Learning Approach", NeurIPS 2020, https://arxiv.org/abs/2002.07948, eqs. (3), (7) and Algorithm
-1. With D and D' the halves of a mini-batch, beta ``train.lr``:
+Meta-Learning Approach" (Per-FedAvg), NeurIPS 2020, https://arxiv.org/abs/2002.07948, eqs. (3), (7)
+and Algorithm 1. With D and D' the halves of a mini-batch, beta ``train.lr``:
 
     F_i(w)  =  f_i(w - alpha grad f_i(w))                                          (3)
     w'      =  w_i - alpha grad f_i(w_i; D)

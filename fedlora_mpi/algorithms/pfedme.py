@@ -1,6 +1,6 @@
 """Each client's own model is the proximal point of a local model; the local models are averaged.
 
-Dinh et al., "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020,
+Dinh et al., "Personalized Federated Learning with Moreau Envelopes" (pFedMe), NeurIPS 2020,
 https://arxiv.org/abs/2006.08848, eqs. (2), (7) and Algorithm 1. w_i and theta_i both start a round
 at the global model x. On each mini-batch, with h_i(theta) = f_i(theta) + (lam / 2) ||theta -
 w_i||^2 (7):

@@ -1,9 +1,9 @@
 """FedAvg whose clients also distil from their own previous model, which averaging has overwritten.
 
-Jin et al., "Personalized Edge Intelligence via Federated Self-Knowledge Distillation", IEEE TPDS
-2023, https://ieeexplore.ieee.org/document/9964434. Client i starts at the mean w. Its teacher is
-its previous model v_i, as it was at the end of the last round in which the client participated.
-o(.) are logits, T is the temperature:
+Jin et al., "Personalized Edge Intelligence via Federated Self-Knowledge Distillation" (pFedSD),
+IEEE TPDS 2023, https://ieeexplore.ieee.org/document/9964434. Client i starts at the mean w. Its
+teacher is its previous model v_i, as it was at the end of the last round in which the client
+participated. o(.) are logits, T is the temperature:
 
     L_i(w)  =  CE(o(w), y) + lam T^2 KL(softmax(o(v_i) / T) || softmax(o(w) / T))
     w_i     <-  argmin L_i(w_i) from w        v_i <- w_i        w <- (1/N) sum_i w_i

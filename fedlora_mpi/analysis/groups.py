@@ -1,6 +1,7 @@
 """Group runs that differ only in their seeds, and give each group a label of its own."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..store.reader import RunFiles
-from .load import RankLoad, measure_load
+from .load import RankLoad, WorkerSeconds, measure_load
+from .method_names import paper_name
 
 SEED_KEYS = ("seed", "data.partition.seed")
 # Beginnings of the dotted names of settings that change at most the last bits of a result.
@@ -21,11 +23,17 @@ IGNORED_KEYS = (
 )  # fmt: skip
 # {block: the key that decides what the block's other keys mean}
 SELECTORS = {"data.partition": "kind", "model": "name", "algorithm": "name"}
-# Beginnings of the dotted names of settings of the experiment, which do not belong to the method.
-TASK_KEYS = ("data.", "participation", "rounds")
-_METHOD_KEY = "algorithm.name"
+# Beginnings of the dotted names of the settings that results must share to be compared.
+_TASK_KEYS = ("data.", "participation")
+# {beginning of dotted names in the ``data`` block: the data sets that read these settings}
+DATASETS_OF_BLOCK = {
+    "data.synthetic.": ("synthetic",),
+    "data.text.": ("ag_news", "csv"),
+    "data.table.": ("csv_numbers",),
+}
+_METHOD_KEY, _DATASET_KEY = "algorithm.name", "data.dataset"
 # keys of which a label shows only the value
-_KEYS_SHOWN_AS_VALUE = (_METHOD_KEY, "model.name", "data.partition.kind", "data.dataset")
+_KEYS_SHOWN_AS_VALUE = ("model.name", "data.partition.kind", _DATASET_KEY)
 
 
 class Stat(NamedTuple):
@@ -72,11 +80,7 @@ class RunLog:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """{dotted key: value} of every setting that may change a result, except the seeds."""
-        return {
-            key: value
-            for key, value in flatten_config(self.config)
-            if not key.startswith(IGNORED_KEYS)
-        }
+        return effective_settings(self.config)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -89,10 +93,30 @@ class RunLog:
         """The seconds of each rank; None if the run did not measure them."""
         return measure_load(self.ranks, self.config)
 
+    @cached_property
+    def worker_seconds(self) -> WorkerSeconds:
+        """The seconds of a round on the ranks that train; of rank 0 if ranks were not measured."""
+        if self.rank_load:
+            return self.rank_load.worker_seconds()
+        names = [name for name in self.rounds if name.startswith("seconds_")]
+        seconds = {n.removeprefix("seconds_"): float(self.column(n).mean()) for n in names}
+        return WorkerSeconds(0, seconds, seconds)
+
+    @property
+    def total_seconds(self) -> float:
+        """The seconds of all rounds, on the clock of rank 0."""
+        columns = [values for n, values in self.rounds.items() if n.startswith("seconds_")]
+        return float(sum(column.sum() for column in columns))
+
     @property
     def algorithm(self) -> str:
         """The name of the method in the config."""
         return self.config["algorithm"]["name"]
+
+    @property
+    def num_clients(self) -> int:
+        """The number of clients."""
+        return next(iter(self.clients.values())).shape[1]
 
     @property
     def rounds_done(self) -> int:
@@ -155,16 +179,31 @@ class Group:
         Results of groups with the same task are comparable.
         """
         task_settings = {
-            key: value for key, value in self.settings.items() if key.startswith(TASK_KEYS[:2])
+            key: value for key, value in self.settings.items() if key.startswith(_TASK_KEYS)
         }
         return ", ".join(
-            _describe_setting(key, value, set(task_settings))
+            _describe_setting(key, value, sorted(task_settings))
             for key, value in task_settings.items()
         )
 
     def seed_stat(self, metric) -> Stat:
         """Return mean and standard deviation of ``metric(run)`` over the seeds."""
         return Stat.from_values([metric(run) for run in self.runs])
+
+    def worker_seconds(self) -> WorkerSeconds:
+        """Return the seconds of a round on the ranks that train, mean over the seeds."""
+        runs = [run.worker_seconds for run in self.runs]
+
+        def mean_of(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
+            stages = dict.fromkeys(stage for of_run in seconds for stage in of_run)
+            values = {s: [of_run.get(s, np.nan) for of_run in seconds] for s in stages}
+            return {stage: Stat.from_values(of_runs).mean for stage, of_runs in values.items()}
+
+        return WorkerSeconds(
+            max(run.workers for run in runs),
+            mean_of([run.median for run in runs]),
+            mean_of([run.slowest for run in runs]),
+        )
 
     @cached_property
     def rounds(self) -> np.ndarray:
@@ -189,6 +228,22 @@ class Group:
         return rounds, [
             run.clients[name][np.isin(run.rounds["round"], rounds)] for run in self.runs
         ]
+
+
+def count_seeds(groups: Sequence[Group]) -> str:
+    """Return how many seeds the groups have, such as "3 seeds" or "1 to 3 seeds"."""
+    return format_counts([len(group.runs) for group in groups], "seed")
+
+
+def count_clients(groups: Sequence[Group]) -> str:
+    """Return how many clients the groups have, such as "12 clients" or "7 to 12 clients"."""
+    return format_counts([run.num_clients for group in groups for run in group.runs], "client")
+
+
+def format_counts(counts: Sequence[int], noun: str) -> str:
+    """Return the range of ``counts`` with its noun, such as "1 run" or "2 to 3 runs"."""
+    text = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    return f"{text} {noun}{'' if max(counts) == 1 else 's'}"
 
 
 class RunGroups(NamedTuple):
@@ -233,6 +288,26 @@ def group_runs(runs: Sequence[RunLog]) -> RunGroups:
     return RunGroups(tuple(groups), keys, tuple(left_out))
 
 
+def effective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {dotted key: value} of every setting that may change a result, except the seeds."""
+    dataset = config["data"].get("dataset")
+    unused = tuple(block for block, users in DATASETS_OF_BLOCK.items() if dataset not in users)
+    return {
+        key: value
+        for key, value in flatten_config(config)
+        if not key.startswith((*IGNORED_KEYS, *unused))
+    }
+
+
+def run_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the label of each run; runs that differ only in their seeds have the same label."""
+    settings = [effective_settings(config) for config in configs]
+    texts = [_to_json(one) for one in settings]
+    distinct = dict(zip(texts, settings, strict=True))
+    label_of = dict(zip(distinct, group_labels(list(distinct.values())), strict=True))
+    return [label_of[text] for text in texts]
+
+
 def differing_keys(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Return the keys whose values differ between ``settings``.
 
@@ -252,34 +327,37 @@ def differing_keys(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def group_labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a label for each of ``settings``: the few settings that tell it from the others.
+    """Return a label for each of ``settings``: its method, and every setting that differs.
 
-    A label has the method first, then the data, then the rest. It leaves out a setting that follows
-    from those before it, for instance a learning rate that each method sets in its own way. A
-    setting of the experiment (``TASK_KEYS``) that one label needs is in all labels.
+    The method is first, then the data, then the rest. Runs on several data sets are compared per
+    data set: what differs only between data sets, such as the number of rounds, is left out. A
+    setting that only some methods have is only in their labels. No two labels are equal.
     """
-    partition = [list(range(len(settings)))]
-    keys_of: dict[int, list[str]] = {index: [] for index in range(len(settings))}
-    for key in dict.fromkeys((_METHOD_KEY, *differing_keys(settings))):
-        refined: list[list[int]] = []
-        for members in partition:
-            by_value: dict[str, list[int]] = {}
-            for at in members:
-                by_value.setdefault(_to_json(settings[at].get(key)), []).append(at)
-            refined += by_value.values()
-            for at in members if len(by_value) > 1 or key == _METHOD_KEY else ():
-                keys_of[at].append(key)
-        partition = refined
-    used_keys = set().union(*keys_of.values())
-    task_keys = [
-        key for key in _ordered_keys(settings) if key in used_keys and key.startswith(TASK_KEYS)
-    ]
-    for at, keys in keys_of.items():
-        label_keys = {*keys, *(key for key in task_keys if key in settings[at])}
-        keys_of[at] = [key for key in _ordered_keys(settings) if key in label_keys]
+    num_with_name = Counter(map(paper_name, {str(values.get(_METHOD_KEY)) for values in settings}))
+    keys_of: dict[str, list[str]] = {}  # data set -> keys that differ, without the method's name
+    for dataset in {str(values.get(_DATASET_KEY)) for values in settings}:
+        rivals = [values for values in settings if str(values.get(_DATASET_KEY)) == dataset]
+        keys_of[dataset] = [key for key in differing_keys(rivals) if key != _METHOD_KEY]
+    if len(keys_of) > 1:
+        keys_of = {dataset: [_DATASET_KEY, *keys] for dataset, keys in keys_of.items()}
+    all_keys = sorted({key for keys in keys_of.values() for key in keys})
+
+    def describe(values: Mapping[str, Any]) -> str:
+        method = str(values.get(_METHOD_KEY))
+        is_unique = num_with_name[paper_name(method)] == 1
+        # a network has a name, or else a mix has networks
+        keys = [
+            k for k in keys_of[str(values.get(_DATASET_KEY))] if k in values or k == "model.name"
+        ]
+        parts = [_describe_setting(key, values.get(key), all_keys) for key in keys]
+        return ", ".join([paper_name(method) if is_unique else method, *parts])
+
+    labels = [describe(values) for values in settings]
+    # what a label shortens may be all that differs, such as the options of a network in a mix
+    repeated = {label for label, count in Counter(labels).items() if count > 1}
     return [
-        ", ".join(_describe_setting(key, settings[at].get(key), used_keys) for key in keys_of[at])
-        for at in range(len(settings))
+        f"{label} ({number})" if label in repeated else label
+        for number, label in enumerate(labels, 1)
     ]
 
 
@@ -298,7 +376,7 @@ def short_key(key: str, keys: Sequence[str]) -> str:
 def format_setting(value: Any) -> str:
     """Return the value of a setting as readable text."""
     if isinstance(value, float):
-        return f"{value:g}"
+        return short if float(short := f"{value:g}") == value else repr(value)
     if isinstance(value, dict) and "name" in value:  # a network of a mix
         return str(value["name"])
     if isinstance(value, list):
@@ -341,7 +419,7 @@ def _ordered_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
         keys,
         key=lambda key: (
             key != _METHOD_KEY,
-            key != "data.dataset",
+            key != _DATASET_KEY,
             not key.startswith("data."),
             key not in selectors,
         ),
@@ -358,16 +436,14 @@ def _selector_value(settings: Mapping[str, Any], key: str) -> str:
     )
 
 
-def _describe_setting(key: str, value: Any, shown_keys: set[str]) -> str:
+def _describe_setting(key: str, value: Any, shown_keys: Sequence[str]) -> str:
     """Return the text of a setting in a label."""
-    if key == _METHOD_KEY:
-        return str(value).rpartition(":")[2]
     if key == "model.name" and value is None:
         return "mix"
     return (
         format_setting(value)
         if key in _KEYS_SHOWN_AS_VALUE
-        else f"{short_key(key, sorted(shown_keys))} {format_setting(value)}"
+        else f"{short_key(key, shown_keys)} {format_setting(value)}"
     )
 
 

@@ -14,6 +14,29 @@ class RankLoad(NamedTuple):
     seconds: dict[str, np.ndarray]  # stage -> [R] per round; the stages add up to the whole time
     # the workers' mean busy time divided by that of the busiest worker; NaN for fewer than two
     balance: float
+    first_worker: int = 0  # the ranks before it host no clients
+
+    def worker_seconds(self) -> "WorkerSeconds":
+        """Return the seconds of the median and of the slowest worker."""
+        workers = {stage: column[self.first_worker :] for stage, column in self.seconds.items()}
+        order = np.argsort(sum(workers[stage] for stage in BUSY), kind="stable")
+        middle = order[(len(order) - 1) // 2 : len(order) // 2 + 1]
+        return WorkerSeconds(
+            len(order),
+            {stage: float(column[middle].mean()) for stage, column in workers.items()},
+            {stage: float(column[order[-1]]) for stage, column in workers.items()},
+        )
+
+
+class WorkerSeconds(NamedTuple):
+    """Seconds of a round by stage, of the ranks that host clients, ordered by their busy time.
+
+    median: of the worker in the middle, or the mean of the two there. slowest: of the last one.
+    """
+
+    workers: int  # 0: the run did not measure its ranks, and the seconds are those of rank 0
+    median: dict[str, float]
+    slowest: dict[str, float]
 
 
 def measure_load(
@@ -46,10 +69,9 @@ def measure_load(
         for n, column in stages.items()
     }
     busy = sum((stages[name] for name in BUSY), np.zeros(is_present.shape))
-    servers = 0 if config.get("server_hosts_clients") else 1
+    servers = 0 if config.get("server_hosts_clients") or numbers.max() == 1 else 1
     workers = [row[servers:number] for row, number in zip(busy, numbers[measured], strict=True)]
     workers = [row for row in workers if len(row) > 1 and row.max() > 0]
     slowest = sum(row.max() for row in workers)
-    return RankLoad(
-        seconds, float(sum(row.mean() for row in workers) / slowest) if workers else float("nan")
-    )
+    balance = float(sum(row.mean() for row in workers) / slowest) if workers else float("nan")
+    return RankLoad(seconds, balance, servers)

@@ -21,7 +21,7 @@ BLOCK_SIZE = 1 << 24  # numbers of a matrix [clients, coordinates] in memory at 
 class LowRank(NamedTuple):
     """Measures of s B A, [layers, clients]; NaN if a client does not have the layer."""
 
-    layers: tuple[str, ...]
+    layers: tuple[str, ...]  # readable names, see ``layer_names``
     clients: tuple[int, ...]
     norm: np.ndarray  # Frobenius
     effective_rank: np.ndarray
@@ -110,7 +110,24 @@ def low_rank(run: RunView, parts: CheckpointLeaves) -> LowRank | None:
             if layer in of:
                 B, A, s = of[layer]
                 table[:, row, column] = *norm_and_effective_rank(s * B, A), len(A)
-    return LowRank(layers, parts.clients, *table)
+    dims = {name: leaf.dim() for net in run.networks for name, leaf in net.all_values.items()}
+    return LowRank(layer_names(layers, dims), parts.clients, *table)
+
+
+def layer_names(weights: Sequence[str], dims: Mapping[str, int]) -> tuple[str, ...]:
+    """Return a readable name for each weight: the path of its layer, such as ``layer1.0.conv1``.
+
+    A path of numbers alone, as in a Sequential, becomes the kind of the layer and its place among
+    ``weights``, such as ``conv 1``. dims: {weight: its number of dimensions}.
+    """
+    kinds = {2: "linear", 3: "conv", 4: "conv", 5: "conv"}
+    paths = [weight.removesuffix(".weight") for weight in weights]
+    return tuple(
+        f"{kinds.get(dims.get(weight, 0), 'layer')} {place}"
+        if path.replace(".", "").isdigit()
+        else path
+        for place, (weight, path) in enumerate(zip(weights, paths, strict=True), 1)
+    )
 
 
 def norm_and_effective_rank(B: np.ndarray, A: np.ndarray) -> tuple[float, float]:

@@ -14,9 +14,10 @@ import numpy as np
 from ..core.escapes import escape_line
 from ..core.units import format_bytes
 from ..store.reader import RunFiles
+from .groups import run_labels
 
 _HEADER = (
-    "algorithm",
+    "method",
     "rounds",
     "seed",
     "final",
@@ -41,12 +42,14 @@ _IGNORED_KEYS = (
 def table(runs: Sequence[Path]) -> str:
     """Return a table with one row per run, then one row per setting with several seeds.
 
-    final, worst client: accuracy in the last evaluated round, mean and minimum over the clients.
-    best: the highest mean of any round, and that round. up/client: bytes per client and round. A
-    row over seeds has means with sample standard deviations. What is doubtful about the settings of
-    a run follows the table.
+    method: its name, and every setting that differs between the runs. final, worst client: accuracy
+    in the last evaluated round, mean and minimum over the clients. best: the highest mean of any
+    round, and that round. up/client: bytes per client and round. A row over seeds has means with
+    sample standard deviations. What is doubtful about the settings of a run follows the table.
     """
-    results = [_Result.read(path) for path in runs]
+    run_files = [RunFiles(path) for path in runs]
+    labels = run_labels([files.checked_config for files in run_files])
+    results = [_Result.read(*labelled) for labelled in zip(run_files, labels, strict=True)]
     rows = [_HEADER, *(result.table_row() for result in results), *_seed_rows(results)]
     hints = [escape_line(f"{r.path}: {hint}") for r in results for hint in r.hints]
     return "\n".join([align_columns(rows, left=(0, len(_HEADER) - 1)), *hints])
@@ -72,7 +75,7 @@ class _Result:
     """The numbers of one run."""
 
     path: Path
-    algorithm: str
+    label: str
     seeds: tuple[int, ...]  # of the run and of the partition
     setting: str  # equal for runs that differ in their seeds only
     rounds_done: int
@@ -82,8 +85,7 @@ class _Result:
     numbers: np.ndarray  # [5] final, best, worst (fractions), bytes up, seconds; NaN where unknown
 
     @classmethod
-    def read(cls, path: Path) -> "_Result":
-        files = RunFiles(path)
+    def read(cls, files: RunFiles, label: str) -> "_Result":
         config: Any = files.checked_config
         required = ("bytes_up", "clients", "accuracy", "accuracy_worst")
         rounds = files.require_columns(*required)["rounds"]
@@ -100,8 +102,8 @@ class _Result:
                 best_round = int(rounds["round"][evaluated[accuracy.argmax()]])
                 numbers[:3] = accuracy[-1], accuracy.max(), rounds["accuracy_worst"][evaluated[-1]]
         return cls(
-            path=path,
-            algorithm=config["algorithm"]["name"],
+            path=files.path,
+            label=label,
             seeds=tuple(reduce(getitem, key.split("."), config) for key in _SEED_KEYS),
             setting=(
                 f"{_settings_without(config, (*_SEED_KEYS, *_IGNORED_KEYS))} "
@@ -124,7 +126,7 @@ class _Result:
         best_suffix = f" @{self.best_round}" if self.best_round else ""
         seed = str(self.seeds[0])
         return (
-            self.algorithm,
+            self.label,
             rounds,
             seed,
             final,
@@ -151,7 +153,7 @@ def _seed_rows(results: Sequence[_Result]) -> Iterator[tuple[str, ...]]:
         spread = [f"{mean} ±{std:5.2f}" for mean, std in zip(means, stds, strict=True)]
         runs = f"mean ± std of {len(members)} runs"
         yield (
-            members[0].algorithm,
+            members[0].label,
             str(members[0].rounds_done),
             f"{len(seeds)} seeds",
             *spread,

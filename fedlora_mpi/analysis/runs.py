@@ -28,7 +28,7 @@ def open_runs(pattern: str | Path | Sequence[str | Path]) -> "Runs":
     >>> runs.rounds.groupby(["run", "round"])["accuracy"].agg(["mean", "std"]).shape  # over seeds
     (4, 2)
     >>> runs.clients.query("round == 2").groupby("run")["accuracy"].count().to_dict()
-    {'fedavg': 14, 'local': 7}
+    {'FedAvg': 14, 'Local': 7}
     >>> len(runs["runs/a-2"].client(3).counts)  # classes; runs[path] is a run as from open_run
     4
     """

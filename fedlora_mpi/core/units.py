@@ -16,3 +16,12 @@ def format_seconds(seconds: float) -> str:
         return f"{seconds:.2g} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+def unit_prefix(number: float) -> tuple[str, float]:
+    """Return the largest unit prefix that is not above ``number``, and its size."""
+    sizes = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+    return max(
+        ((name, size) for name, size in sizes.items() if size <= max(1.0, number)),
+        key=lambda pair: pair[1],
+    )

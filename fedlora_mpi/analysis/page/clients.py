@@ -3,19 +3,25 @@
 They show the clients' accuracies, one method against another, and which data each client holds.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ...data.partition import Split
-from ..groups import Group, RunLog
+from ...data.partition import PARTITIONS, Split
+from ..groups import Group, RunLog, count_clients, count_seeds, format_setting
+from ..method_names import paper_name
 from ..partition_table import figure as dots
 from .crowd import caption_note, named_groups
 from .curves import Looks
-from .style import GREY, WIDTH, PageFigure, new_figure, panels, wrap_label
+from .style import GREY, WIDTH, Look, PageFigure, new_figure, panels, wrap_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RIVALS = ("fedavg", "local")
+_MARKERS = {"fedavg": ("^", "▲"), "local": ("o", "●")}  # mark in a plot, and as text
+_PARTITION_KEYS = ("alpha", "classes_per_client", "clients", "seed")
 _MAX_VECTOR_POINTS = 3000  # a plot with more points draws them as an image
 _MAX_SPLITS, _MAX_PANELS = 4, 12  # largest numbers of figures and of panels
 
@@ -68,12 +74,10 @@ def client_distribution(groups: Sequence[Group], looks: Looks) -> PageFigure | N
     axes.set(ylim=(len(accuracies) - 0.5, -0.5), xlabel="accuracy of a client's own model / %")
     axes.tick_params(axis="y", length=0)
     caption = (
-        "Each dot is a client of one seed in its run's last evaluated round; the black line is "
-        "the mean. The "
-    )
-    caption += "height of a dot in its row means nothing." + caption_note(
-        looks, "are in the table of accuracies"
-    )
+        f"Each dot is a client of one seed ({count_clients(groups)}, {count_seeds(groups)}) in its "
+        "run's last evaluated round; the black line is the mean. The height of a dot in its row "
+        "means nothing."
+    ) + caption_note(looks, "are in the table of accuracies")
     return PageFigure("clients", "Distribution over clients", caption, fig)
 
 
@@ -110,35 +114,43 @@ def rival_scatter(all_pairs: Sequence[RivalPair], looks: Looks) -> PageFigure | 
     fig, all_axes = panels(
         titles,
         (side, side),
-        "accuracy with the other method / %",
-        "accuracy with the named one / %",
+        "accuracy with FedAvg or Local / %",
+        "accuracy with the method above / %",
     )
-    markers = dict(zip(RIVALS, (("^", "#D55E00"), ("o", "#0072B2")), strict=True))
+    accuracies = [(p.group_accuracy, p.rival_accuracy) for _, members in shown for p in members]
+    worst = min(accuracy.min() for pair in accuracies for accuracy in pair)
+    low = min(90, 10 * int(10 * worst))  # where both axes begin, percent
+    ticks = range(low, 100, 10 if low >= 60 else 20)  # 100 would touch the next panel's ticks
     for axes, (_, members) in zip(all_axes, shown, strict=True):
-        axes.plot((0, 100), (0, 100), color=GREY, linewidth=0.7)
+        axes.plot((low, 100), (low, 100), color=GREY, linewidth=0.7)
         for index, pair in enumerate(members):
-            marker, color = markers[pair.rival.runs[0].algorithm]
-            x, y, is_dense = (
-                100 * pair.rival_accuracy,
-                100 * pair.group_accuracy,
-                len(pair.group_accuracy) > _MAX_VECTOR_POINTS,
-            )
-            axes.scatter(
-                x, y, 14, color=color, marker=marker, alpha=0.6, linewidths=0, rasterized=is_dense
-            )
-            text = (
-                f"{'▲' if marker == '^' else '●'} {pair.rival.runs[0].algorithm}: "
-                f"{num_as_good(pair)} of {len(x)}"
-            )
-            axes.annotate(text, (97, 4 + 8 * index), ha="right", color=color, fontsize="small")
-        axes.set(xlim=(0, 101), ylim=(0, 101), xticks=range(0, 101, 25), yticks=range(0, 101, 25))
+            _scatter_pair(axes, pair, looks[pair.rival.label], 0.04 + 0.08 * index)
+        axes.set(xlim=(low, 101), ylim=(low, 101), xticks=ticks, yticks=ticks)
+    groups = [pair.group for _, members in shown for pair in members]
     caption = (
-        "Each mark is a client (of one seed), both methods in their last evaluated rounds; above "
-        "the line the one named over the panel serves it better. The numbers count the clients "
-        "that it serves at least as well."
+        f"Each mark is a client of one seed ({count_clients(groups)}, {count_seeds(groups)}), both "
+        "methods in their last evaluated rounds; above the line the method named over the panel "
+        "serves it better. The numbers count the clients that it serves at least as well."
     )
     caption += f" {_MAX_PANELS} of {len(by_group)} methods." if len(by_group) > _MAX_PANELS else ""
     return PageFigure("against", "Each client against FedAvg and Local", caption, fig)
+
+
+def _scatter_pair(axes: "Axes", pair: RivalPair, look: Look, text_height: float) -> None:
+    """Draw the clients of a pair in the rival's colour, and the number served as well or better.
+
+    text_height: place of the number, as a fraction of the plot's height.
+    """
+    rival = pair.rival.runs[0].algorithm
+    marker, symbol = _MARKERS[rival]
+    axes.scatter(
+        100 * pair.rival_accuracy, 100 * pair.group_accuracy, 14, color=look.color, marker=marker,
+        alpha=0.6, linewidths=0, rasterized=len(pair.group_accuracy) > _MAX_VECTOR_POINTS,
+    )  # fmt: skip
+    axes.annotate(
+        f"{symbol} {paper_name(rival)}: {num_as_good(pair)} of {len(pair.group_accuracy)}",
+        (0.97, text_height), xycoords="axes fraction", ha="right", color=look.ink, fontsize="small",
+    )  # fmt: skip
 
 
 def num_as_good(pair: RivalPair) -> int:
@@ -169,12 +181,10 @@ def partition_figures(groups: Sequence[Group]) -> list[PageFigure]:
         fig.axes[0].collections[0].set_rasterized(
             bool(np.count_nonzero(split.train_counts) > _MAX_VECTOR_POINTS)
         )
-        kind = config["partition"]
-        alpha = f", alpha {kind['alpha']:g}" if "alpha" in kind else ""
         caption = (
-            f"Training samples of {config['dataset']} by client and class, as the area of a dot: "
-            f"{kind['kind']}{alpha}, seed {kind['seed']}; the split of {len(members)} of "
-            f"{sum(map(len, by_digest.values()))} runs."
+            f"Training samples of {config['dataset']} by client and class, as the area of a dot. "
+            f"{_describe_partition(config['partition'])} {len(members)} of "
+            f"{sum(map(len, by_digest.values()))} runs have this split."
         )
         caption += (
             f" There are {len(by_digest)} splits; the first {_MAX_SPLITS} are shown."
@@ -185,6 +195,14 @@ def partition_figures(groups: Sequence[Group]) -> list[PageFigure]:
         title = "Who holds which data" + (f", split {number}" if len(by_digest) > 1 else "")
         figures.append(PageFigure(name, title, caption, fig))
     return figures
+
+
+def _describe_partition(config: Mapping[str, Any]) -> str:
+    """Return what the rule of a partition says of itself, and its settings."""
+    rule = PARTITIONS.get(config["kind"])
+    said = " ".join((rule.__doc__ or "").partition("\n")[0].split()) if rule else config["kind"]
+    settings = [f"{key} {format_setting(config[key])}" for key in _PARTITION_KEYS if key in config]
+    return f"{said} Here {', '.join(settings)}."
 
 
 def _make_pair(group: Group, rival: Group) -> RivalPair | None:

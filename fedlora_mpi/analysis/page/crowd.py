@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..groups import Group
-from .style import Look, distinct_looks
+from .style import COLORS, DASHES, Look, distinct_looks
 
 MAX_LOOKS = 24  # up to so many groups, each has a look of its own
 NUM_BEST, NUM_WORST = 8, 4
@@ -17,12 +17,25 @@ PALE = "#C4C4C4"
 
 
 def assign_looks(groups: Sequence[Group]) -> dict[str, Look]:
-    """Return {label: look} of the groups."""
+    """Return {label: look} of the groups.
+
+    If there are several methods, each has a colour and each of its settings a dash pattern. With
+    too many of either, or with one method, neighbouring groups have different colours.
+    """
     named = list(groups) if len(groups) <= MAX_LOOKS else best_and_worst(groups)
     look_of = dict.fromkeys((group.label for group in groups), Look(PALE, "-", is_named=False))
-    return look_of | dict(
-        zip((group.label for group in named), distinct_looks(len(named)), strict=True)
-    )
+    labels_of: dict[str, list[str]] = {}
+    for group in named:
+        labels_of.setdefault(group.runs[0].algorithm, []).append(group.label)
+    most = max(map(len, labels_of.values()))
+    if 1 < len(labels_of) <= len(COLORS) and most <= len(DASHES):
+        for color, labels in zip(COLORS, labels_of.values(), strict=False):
+            look_of |= {
+                label: Look(color, dash) for label, dash in zip(labels, DASHES, strict=False)
+            }
+        return look_of
+    looks = distinct_looks(len(named))
+    return look_of | {group.label: look for group, look in zip(named, looks, strict=True)}
 
 
 def best_and_worst(groups: Sequence[Group]) -> list[Group]:

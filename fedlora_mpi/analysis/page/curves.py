@@ -1,10 +1,12 @@
 """Draw metrics over the rounds, and accuracy over bytes and FLOPs."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..groups import Group
+from ...core.units import unit_prefix
+from ..groups import Group, count_clients, count_seeds
 from .crowd import caption_note, named_groups
 from .style import (
     WIDTH,
@@ -14,35 +16,47 @@ from .style import (
     label_ends,
     new_figure,
     panels,
+    set_log_axis,
     set_round_axis,
-    wrap_label,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Looks = dict[str, Look]
+# {column: (title, what it is, its unit)}
 DIAGNOSIS = {
     "effective_clients": (
         "effective clients",
         "1 / Σ p², how many clients of equal weight the mean is worth",
+        "",
     ),
     "lora_truncation": (
         "truncation",
         "squared distance of what clients get from the server's update, mean",
+        " (squared Frobenius norm)",
     ),
     "lora_bias": (
         "bias",
         "distance of the server's next update from the exact mean of the trained ones",
+        " (Frobenius norm)",
     ),
-    "lora_update_bias": ("update bias", "the same distance, of what has changed in the round"),
+    "lora_update_bias": (
+        "update bias",
+        "the same distance, of what has changed in the round",
+        " (Frobenius norm)",
+    ),
 }
 _MAX_POINTS = 150  # largest number of points of a curve in a small panel
-_BAND_NOTE = "the band is ± one sample standard deviation over the seeds, where there are several"
+_BAND_NOTE = "the band is ± one sample standard deviation over seeds, where there are several"
 
 
 def learning_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     """Draw the mean accuracy over the rounds."""
     caption = (
-        "Test accuracy of each client's own model on its own test data, mean over clients and "
-        f"seeds, after every evaluated round; {_BAND_NOTE}."
+        "Test accuracy of each client's own model on its own test data, mean over "
+        f"{count_clients(groups)} and {count_seeds(groups)}, after every evaluated round; "
+        f"{_BAND_NOTE}."
     )
     return _line_figure(
         "learning",
@@ -59,8 +73,8 @@ def learning_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
 def loss_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     """Draw the training loss over the rounds."""
     caption = (
-        "Training loss, mean over the local steps of the round's clients and over seeds; "
-        f"{_BAND_NOTE}."
+        "Training loss, mean over the local steps of the round's clients and over "
+        f"{count_seeds(groups)}; {_BAND_NOTE}."
     )
     return _line_figure(
         "loss",
@@ -77,8 +91,8 @@ def drift_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     """Draw the drift of the shared parameters over the rounds, as in FedLoRA's Figure 6."""
     caption = (
         "How far the clients train the shared parameters apart in a round: root mean square "
-        f"distance (L2) of what they send from its mean, mean over seeds; {_BAND_NOTE}. What "
-        "shares nothing has no curve."
+        f"distance (L2) of what they send from its mean, mean over {count_seeds(groups)}; "
+        f"{_BAND_NOTE}. A method that shares nothing has no curve."
     )
     drifting = [g for g in groups if g.curves("drift")[1].any()]
     return _line_figure(
@@ -116,8 +130,8 @@ def client_spread(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
         )
     set_round_axis(all_axes[0], max(group.curves("accuracy")[0][-1] for group in plotted))
     caption = (
-        "The same over the clients, of all seeds together: the line is their mean, the dark band "
-        "holds the middle half of them, the pale band all."
+        f"The same over the {count_clients(plotted)}, of {count_seeds(plotted)} together: the line "
+        "is their mean, the dark band holds the middle half of them, the pale band all."
     ) + caption_note(looks, "are left out")
     return PageFigure("spread", "Spread over clients", caption, fig)
 
@@ -125,9 +139,9 @@ def client_spread(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
 def diagnosis_curves(groups: Sequence[Group], looks: Looks) -> list[PageFigure]:
     """Draw each column that ``diagnose: true`` has logged, in a figure of its own."""
     figures = []
-    for name, (title, explanation) in DIAGNOSIS.items():
+    for name, (title, explanation, unit) in DIAGNOSIS.items():
         caption = (
-            f"{explanation[0].upper()}{explanation[1:]}; mean over seeds. "
+            f"{explanation[0].upper()}{explanation[1:]}; mean over {count_seeds(groups)}. "
             f"{_BAND_NOTE[0].upper()}{_BAND_NOTE[1:]}."
         )
 
@@ -135,7 +149,9 @@ def diagnosis_curves(groups: Sequence[Group], looks: Looks) -> list[PageFigure]:
             return group.curves(name)
 
         figures.append(
-            _line_figure(name, f"LoRA diagnosis: {title}", caption, groups, looks, curve, title)
+            _line_figure(
+                name, f"LoRA diagnosis: {title}", caption, groups, looks, curve, title + unit
+            )
         )
     return [drawn for drawn in figures if drawn]
 
@@ -147,8 +163,9 @@ def accuracy_by_bytes(groups: Sequence[Group], looks: Looks) -> PageFigure | Non
         return run.column("bytes_up") + run.column("bytes_down")
 
     caption = (
-        "Mean accuracy against all bytes sent up and down so far, all clients together, as "
-        "float32 in a real federation; mean over seeds. What sends nothing has no curve."
+        "Mean accuracy against all bytes sent up and down so far, all clients together, as float32 "
+        f"in a real federation; mean over {count_clients(groups)} and {count_seeds(groups)}; "
+        f"{_BAND_NOTE}. A method that sends nothing has no curve."
     )
     return _cost_figure(
         "bytes",
@@ -166,7 +183,7 @@ def accuracy_by_flops(groups: Sequence[Group], looks: Looks) -> PageFigure | Non
     """Draw the accuracy over the FLOPs of local training so far."""
     caption = (
         "Mean accuracy against the floating-point operations of all local training so far; mean "
-        "over seeds."
+        f"over {count_clients(groups)} and {count_seeds(groups)}; {_BAND_NOTE}."
     )
 
     def compute(run):
@@ -176,65 +193,6 @@ def accuracy_by_flops(groups: Sequence[Group], looks: Looks) -> PageFigure | Non
     return _cost_figure(
         "flops", "Accuracy against computation", caption, groups, looks, compute, label, "FLOP"
     )
-
-
-def seconds_by_stage(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
-    """Draw the mean seconds of a round by stage, with a bar for each group."""
-    names = list(
-        dict.fromkeys(
-            n for g in groups for run in g.runs for n in run.rounds if n.startswith("seconds_")
-        )
-    )
-    if not names:
-        return None
-    groups = named_groups(groups, looks)
-    texts = [wrap_label(group.label, 44) for group in groups]
-    fig = new_figure(
-        WIDTH, 0.9 + (0.12 + 0.15 * max(text.count("\n") + 1 for text in texts)) * len(groups)
-    )
-    axes = fig.add_subplot()
-    shades, left = ("#0072B2", "#56B4E9", "#BBBBBB", "#E69F00", "#777777"), np.zeros(len(groups))
-    stage_seconds = np.array(
-        [
-            [group.seed_stat(lambda run, n=n: run.column(n).mean()).mean for n in names]
-            for group in groups
-        ]
-    )
-    stage_seconds = np.nan_to_num(stage_seconds)
-    rows = np.arange(len(groups))
-    for index, name in enumerate(names):
-        color = shades[index % len(shades)]
-        axes.barh(
-            rows,
-            stage_seconds[:, index],
-            left=left,
-            height=0.66,
-            color=color,
-            label=name.removeprefix("seconds_"),
-        )
-        left = left + stage_seconds[:, index]
-    for row, total in enumerate(left):
-        axes.annotate(
-            f"{total:.3g} s",
-            (total, row),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize="small",
-        )
-    axes.set_yticks(rows, texts)
-    axes.invert_yaxis()
-    axes.set(xlabel="seconds per round", xlim=(0, 1.1 * left.max() or 1))
-    axes.tick_params(axis="y", length=0)
-    axes.legend(
-        frameon=False, ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0
-    )
-    caption = (
-        "Mean seconds of a round by stage, mean over seeds, as rank 0 measures them: under mpirun "
-        "it waits for the workers, and this waiting counts as exchange. Runs on different or busy "
-        "machines are not comparable."
-    ) + caption_note(looks, "are in the table of costs")
-    return PageFigure("seconds", "Where the seconds go", caption, fig)
 
 
 def _line_figure(
@@ -256,21 +214,7 @@ def _line_figure(
     fig = new_figure(WIDTH, height)
     axes, ends = fig.add_subplot(), []
     for group, rounds, values in curves:
-        look, mean = looks[group.label], values.mean(0)
-        if not look.is_named:
-            axes.plot(
-                rounds, mean, marker=_lone_marker(rounds), color=look.color, linewidth=0.6, zorder=1
-            )
-            continue
-        if len(values) > 1:
-            std = values.std(0, ddof=1)
-            axes.fill_between(
-                rounds, mean - std, mean + std, color=look.color, alpha=0.15, linewidth=0
-            )
-        axes.plot(
-            rounds, mean, marker=_lone_marker(rounds), color=look.color, linestyle=look.linestyle
-        )
-        ends.append((rounds[-1], mean[-1], group.label, look))
+        ends += _draw_line(axes, rounds, values, group.label, looks[group.label])
     axes.set(xlabel="round", ylabel=label)
     set_round_axis(axes, max(rounds[-1] for _, rounds, _ in curves))
     label_ends(axes, ends, height - 0.7)
@@ -298,27 +242,18 @@ def _cost_figure(
         ]
         cost = np.mean(spent, axis=0)
         if not np.isnan(cost).any() and cost[-1] > 0:
-            curves.append((group, cost, 100 * accuracy.mean(0)))
+            curves.append((group, cost, 100 * accuracy))
     if not curves:
         return None
     height = figure_height([group.label for group, *_ in curves if looks[group.label].is_named])
     fig = new_figure(WIDTH, height)
     axes, ends = fig.add_subplot(), []
-    prefix, size = _unit_prefix(max(cost[-1] for _, cost, _ in curves))
+    prefix, size = unit_prefix(max(cost[-1] for _, cost, _ in curves))
     for group, cost, accuracy in curves:
-        look, cost = looks[group.label], cost / size
-        if not look.is_named:
-            axes.plot(
-                cost, accuracy, marker=_lone_marker(cost), color=look.color, linewidth=0.6, zorder=1
-            )
-            continue
-        axes.plot(
-            cost, accuracy, marker=_lone_marker(cost), color=look.color, linestyle=look.linestyle
-        )
-        ends.append((cost[-1], accuracy[-1], group.label, look))
+        ends += _draw_line(axes, cost / size, accuracy, group.label, looks[group.label])
     last = [cost[-1] / size for _, cost, _ in curves]
     if max(last) > 10 * min(last):
-        axes.set_xscale("log")
+        set_log_axis(axes)
         caption += " The axis is logarithmic."
     else:
         axes.set_xlim(0, None)
@@ -327,13 +262,22 @@ def _cost_figure(
     return PageFigure(name, title, caption + caption_note(looks, "are grey"), fig)
 
 
-def _unit_prefix(number: float) -> tuple[str, float]:
-    """Return the largest unit prefix that is not above ``number``, and its size."""
-    sizes = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
-    return max(
-        ((name, size) for name, size in sizes.items() if size <= max(1.0, number)),
-        key=lambda pair: pair[1],
-    )
+def _draw_line(
+    axes: "Axes", x: np.ndarray, values: np.ndarray, label: str, look: Look
+) -> list[tuple[float, float, str, Look]]:
+    """Draw the mean of ``values`` [seeds, T] over ``x`` [T], with a band of ± one deviation.
+
+    Returns the end of the line for ``label_ends``; none if the look has no name.
+    """
+    mean, marker = values.mean(0), _lone_marker(x)
+    if not look.is_named:
+        axes.plot(x, mean, marker=marker, color=look.color, linewidth=0.6, zorder=1)
+        return []
+    if len(values) > 1:
+        std = values.std(0, ddof=1)
+        axes.fill_between(x, mean - std, mean + std, color=look.color, alpha=0.15, linewidth=0)
+    axes.plot(x, mean, marker=marker, color=look.color, linestyle=look.linestyle)
+    return [(x[-1], mean[-1], label, look)]
 
 
 def _lone_marker(x: np.ndarray) -> str:

@@ -86,13 +86,18 @@ def personal_figures(groups: Sequence[Group]) -> PersonalFigures:
 
 
 def effective_rank_figure(factors: LowRank, name: str, label: str, description: str) -> PageFigure:
-    """Draw effective rank and norm; rows are layers, columns are clients."""
+    """Draw effective rank and norm; rows are layers, columns are clients.
+
+    A layer's norms are divided by its largest one, because norms grow with the size of a layer.
+    """
     layers = len(factors.layers)
-    fig = new_figure(WIDTH, 1.3 + max(0.16 * layers, 0.8))
+    largest = np.nanmax(factors.norm, axis=1, keepdims=True)
+    relative_norm = np.divide(factors.norm, largest, where=largest > 0, out=0 * factors.norm)
+    fig = new_figure(WIDTH, 1.3 + max(0.18 * layers, 0.8))
     for axes, values, title in zip(
         fig.subplots(1, 2, sharey=True),
-        (factors.effective_rank, factors.norm),
-        ("effective rank", "norm (Frobenius)"),
+        (factors.effective_rank, relative_norm),
+        ("effective rank", "norm / largest norm of the layer"),
         strict=True,
     ):
         image = axes.imshow(values, cmap="cividis", aspect="auto", interpolation="nearest", vmin=0)
@@ -102,16 +107,16 @@ def effective_rank_figure(factors: LowRank, name: str, label: str, description: 
     if layers <= _MAX_NAMED:
         component_counts = [_format_range(row) for row in factors.num_components]
         names = [
-            f"{layer.removesuffix('.weight')} ({r})"
-            for layer, r in zip(factors.layers, component_counts, strict=True)
+            f"{layer}, r = {r}" for layer, r in zip(factors.layers, component_counts, strict=True)
         ]
         left_axes.set_yticks(range(layers), names, fontsize="small")
     else:
         left_axes.set_ylabel("layer, from the input to the output")
     caption = (
-        f"{description}: the low-rank part s B A of each layer (down; in brackets its number of "
+        f"{description}: the low-rank part s B A of each layer (down; with its number of "
         "components r) and client (across). The effective rank is (Σσ²)² / Σσ⁴ of its singular "
-        "values σ: n where n are equal and the rest zero."
+        "values σ: n where n are equal and the rest zero. Norms (Frobenius) are divided by the "
+        "largest of their layer; the table of low-rank parts has the norms themselves."
     )
     return PageFigure(name, f"What the low-rank part has learned: {label}", caption, fig)
 
@@ -119,26 +124,27 @@ def effective_rank_figure(factors: LowRank, name: str, label: str, description: 
 def similarity_figure(
     client_similarity: ClientSimilarity, name: str, label: str, description: str
 ) -> PageFigure:
-    """Draw the similarity of personal parts beside that of label counts, in the same order."""
-    fig = new_figure(WIDTH, 3.9)
+    """Draw the similarity of personal parts beside that of label counts, in the same order.
+
+    Both panels have the same colours, from -1 over white at 0 to 1.
+    """
+    fig = new_figure(WIDTH, 3.6)
+    clients = client_similarity.clients
     tables = (
         ("personal parts", client_similarity.personal),
-        ("label mixes", client_similarity.labels),
+        ("training samples by class", client_similarity.labels),
     )
-    for axes, (title, values) in zip(fig.subplots(1, 2, sharey=True), tables, strict=True):
+    all_axes = fig.subplots(1, 2, sharey=True)
+    for axes, (title, values) in zip(all_axes, tables, strict=True):
         pairs = np.where(np.eye(len(values), dtype=bool), np.nan, values)
-        image = axes.imshow(pairs, cmap="cividis", interpolation="nearest")
-        fig.colorbar(
-            image, ax=axes, location="top", label=f"cosine of {title}", shrink=0.9
-        ).outline.set_visible(False)
-        _label_clients(axes, client_similarity.clients)
-    fig.axes[0].set_ylabel("client")
-    if len(client_similarity.clients) <= _MAX_NAMED:
-        fig.axes[0].set_yticks(
-            range(len(client_similarity.clients)),
-            map(str, client_similarity.clients),
-            fontsize="x-small",
-        )
+        image = axes.imshow(pairs, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        axes.set_facecolor("#AAAAAA")  # of the diagonal
+        axes.set_title(title)
+        _label_clients(axes, clients)
+    fig.colorbar(image, ax=all_axes, label="cosine", shrink=0.8).outline.set_visible(False)
+    all_axes[0].set_ylabel("client")
+    if len(clients) <= _MAX_NAMED:
+        all_axes[0].set_yticks(range(len(clients)), map(str, clients), fontsize="small")
     what = (
         "all personal numbers less their mean over the clients"
         if client_similarity.is_centered
@@ -146,15 +152,15 @@ def similarity_figure(
     )
     rho = rank_correlation(client_similarity)
     caption = (
-        f"{description}: cosine of two clients' personal parts (left; {what}) and of their "
-        "training samples by class (right). Both in the order of an average-linkage clustering of "
-        "the left, so that alike clients are neighbours; the diagonal, 1, is left white."
+        f"{description}: cosine of two clients' personal parts (left; {what}) and of their numbers "
+        "of training samples by class (right), in the same colours. Both in the order of an "
+        "average-linkage clustering of the left, so that alike clients are neighbours; the "
+        "diagonal, 1, is grey."
     )
-    caption += (
-        ""
-        if np.isnan(rho)
-        else f" Over the pairs of clients the two have a rank correlation of {rho:+.2f} (Spearman)."
-    )
+    if not np.isnan(rho):
+        caption += (
+            f" Over all pairs of clients the two have a rank correlation (Spearman) of {rho:+.2f}."
+        )
     return PageFigure(name, f"Which clients are alike: {label}", caption, fig)
 
 
@@ -164,7 +170,7 @@ def _label_clients(axes, clients: Sequence[int]) -> None:
     axes.tick_params(length=0)
     axes.set_xlabel("client")
     step = -(-len(clients) // 20)
-    axes.set_xticks(range(0, len(clients), step), map(str, clients[::step]), fontsize="x-small")
+    axes.set_xticks(range(0, len(clients), step), map(str, clients[::step]), fontsize="small")
 
 
 def _format_range(numbers: np.ndarray) -> str:

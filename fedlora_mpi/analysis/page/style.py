@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # The colours of Okabe and Ito, which colour-blind readers can tell apart. Grey replaces their
 # yellow, which is too pale for a line.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
-DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+DASHES: tuple[str | tuple, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 GREY = "#777777"
 DPI = 150  # resolution of PNG files
 WIDTH = 7.2  # width of a figure over the whole page, inches
@@ -224,7 +224,7 @@ def figure_height(labels: Sequence[str], min_height: float = 3.2) -> float:
 
 
 def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], height: float) -> None:
-    """Write the name of each curve beside the plot, with a thin line from the curve's end (x, y).
+    """Write the name of each curve beside the plot, with a dotted line from the curve's end (x, y).
 
     The names do not overlap. Call this after the axis limits are set. ends: (x, y, name, look) of
     each curve. height: of the plot, inches.
@@ -244,6 +244,7 @@ def label_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, Look]], hei
     ):
         connector: dict[str, Any] = {
             "arrowstyle": "-",
+            "linestyle": ":",  # a plain line would look like more of the curve
             "color": look.color,
             "linewidth": 0.6,
             "shrinkA": 1,
@@ -281,8 +282,16 @@ def place_apart(wanted: np.ndarray, sizes: np.ndarray, length: float = 1.0) -> n
 
 
 def wrap_label(text: str, width: int = 34) -> str:
-    """Return a label broken into lines of at most ``width`` characters."""
-    return textwrap.fill(text, width)
+    """Return a label broken into lines of at most ``width`` characters, if possible at commas."""
+    parts = [part.replace(" ", "\xa0") for part in text.split(", ")]
+    return textwrap.fill(", ".join(parts), width).replace("\xa0", " ")
+
+
+def set_log_axis(axes: "Axes") -> None:
+    """Make the x axis logarithmic, with plain numbers: powers would need formulas in texts."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
 
 
 def set_round_axis(axes: "Axes", last: int) -> None:

@@ -11,8 +11,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..groups import Group, format_setting, is_number, short_key
-from .style import COLORS, DASHES, WIDTH, Look, PageFigure, figure_height, label_ends, new_figure
+from ..groups import (
+    Group,
+    count_clients,
+    count_seeds,
+    format_setting,
+    is_number,
+    short_key,
+)
+from ..method_names import paper_name
+from .style import (
+    WIDTH,
+    Look,
+    PageFigure,
+    distinct_looks,
+    figure_height,
+    label_ends,
+    new_figure,
+    set_log_axis,
+)
 
 _MIN_GRID_SHARE = 0.75  # smallest share of a grid's cells that must have a group
 
@@ -73,16 +90,16 @@ def grid_figures(groups: Sequence[Group], keys: Sequence[str]) -> tuple[list[Pag
 
 
 def sweep_figures(
-    groups: Sequence[Group], keys: Sequence[str], excluded: set[str]
+    groups: Sequence[Group], keys: Sequence[str], excluded: set[str], looks: dict[str, Look]
 ) -> list[PageFigure]:
     """Draw final and best accuracy over each numeric setting not in ``excluded``.
 
-    The figures are like FedLoRA's Figure 4.
+    The figures are like FedLoRA's Figure 4. A curve has the look of its first group.
     """
     figures = []
     for key in (key for key in keys if key not in excluded and _is_numeric(groups, key)):
         if key_series := find_series(groups, keys, [key]):
-            figures.append(_sweep_figure(key, key_series, keys))
+            figures.append(_sweep_figure(key, key_series, keys, looks))
     names = Counter(sweep_figure.name for sweep_figure in figures)
     return [
         each._replace(name=f"{each.name}-{n}") if names[each.name] > 1 else each
@@ -90,12 +107,16 @@ def sweep_figures(
     ]
 
 
-def _sweep_figure(key: str, key_series: Sequence[Series], keys: Sequence[str]) -> PageFigure:
+def _sweep_figure(
+    key: str, key_series: Sequence[Series], keys: Sequence[str], looks: dict[str, Look]
+) -> PageFigure:
     height = figure_height([line_series.label for line_series in key_series])
     fig = new_figure(WIDTH, height)
     axes, ends, name = fig.add_subplot(), [], short_key(key, keys)
-    for index, one in enumerate(key_series):
-        look = Look(COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)])
+    series_looks = [looks[one.groups[0].label] for one in key_series]
+    if not all(look.is_named for look in series_looks):
+        series_looks = distinct_looks(len(key_series))
+    for one, look in zip(key_series, series_looks, strict=True):
         members = sorted(one.groups, key=lambda group: group.settings[key])
         xs = [group.settings[key] for group in members]
         best, final = (
@@ -104,8 +125,9 @@ def _sweep_figure(key: str, key_series: Sequence[Series], keys: Sequence[str]) -
         )
         mean, std = (100 * np.array(part) for part in zip(*final, strict=True))
         axes.errorbar(
-            xs, mean, np.nan_to_num(std), color=look.color, marker="o", markersize=4, capsize=2
-        )
+            xs, mean, np.nan_to_num(std), color=look.color, linestyle=look.linestyle,
+            marker="o", markersize=4, capsize=2,
+        )  # fmt: skip
         axes.plot(
             xs,
             [100 * stat.mean for stat in best],
@@ -118,18 +140,19 @@ def _sweep_figure(key: str, key_series: Sequence[Series], keys: Sequence[str]) -
         ends.append((xs[-1], mean[-1], one.label or "final", look))
         if not one.label:
             ends.append((xs[-1], 100 * best[-1].mean, "best round", look))
-    values = sorted({group.settings[key] for one in key_series for group in one.groups})
+    swept = [group for one in key_series for group in one.groups]
+    values = sorted({group.settings[key] for group in swept})
     if values[0] > 0 and values[-1] > 20 * values[0]:
-        axes.set_xscale("log")
+        set_log_axis(axes)
     if len(values) < 9:
         axes.set_xticks(values, map(format_setting, values))
         axes.minorticks_off()
     axes.set(xlabel=name, ylabel="accuracy / %")
     label_ends(axes, ends, height - 0.7)
     caption = (
-        f"Mean accuracy over clients and seeds against {key}, all else equal: filled marks with ± "
-        "one sample standard deviation over seeds in the last evaluated round, open marks in the "
-        "best round, which is chosen on test data."
+        f"Mean accuracy over {count_clients(swept)} and {count_seeds(swept)} against {key}, all "
+        "else equal: filled marks with ± one sample standard deviation over seeds in the last "
+        "evaluated round, open marks in the best round, which is chosen on test data."
     )
     return PageFigure(f"sweep-{name}", f"Sweep over {name}", caption, fig)
 
@@ -164,7 +187,8 @@ def _grid_figure(
     axes.set(xlabel=x, ylabel=y, title=grid_series.label)
     fig.colorbar(image, label="best accuracy / %").outline.set_visible(False)
     caption = (
-        f"Best accuracy of any round, mean over clients and seeds, for {pair[0]} (across) and "
+        f"Best accuracy of any round, mean over {count_clients(grid_series.groups)} and "
+        f"{count_seeds(grid_series.groups)}, for {pair[0]} (across) and "
         f"{pair[1]} (up), "
     )
     caption += "all else equal."
@@ -186,6 +210,8 @@ def _series_label(group: Group, differing: Sequence[str], keys: Sequence[str]) -
     """Return the label of a series; names and kinds are shown without their key."""
 
     def describe(k):
+        if k == "algorithm.name":
+            return paper_name(group.settings[k])
         return (
             format_setting(group.settings[k])
             if k.endswith((".name", ".kind"))

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ...core.units import format_bytes, format_seconds
-from ..groups import Group, RunGroups, Stat, format_setting
+from ...core.units import format_bytes, format_seconds, unit_prefix
+from ..groups import Group, RunGroups, Stat, count_clients, format_setting
 from ..parts import LowRank
 from ..runs import column_name
 from .clients import RivalPair, num_as_good
 from .table import Column, Table, format_number, format_percent
 
+_MAX_SETTING_COLUMNS = 7  # so many settings are the columns of a table; more are its rows
 _SEED_NOTE = "± is the sample standard deviation over seeds (of run and partition)"
 
 
@@ -43,88 +44,101 @@ def accuracy_table(groups: Sequence[Group]) -> Table:
         for group in groups
     ]
     note = (
-        "Mean over the clients of the test accuracy of each client's own model. Final, worst "
-        "client and std over clients: in the last evaluated round. Best: of any round, chosen on "
-        f"test data as in the papers. {_SEED_NOTE}; bold is the highest"
+        f"Mean over {count_clients(groups)} of the test accuracy of each client's own model. "
+        "Final, worst client and std over clients: in the last evaluated round. Best: of any "
+        f"round, chosen on test data as in the papers. {_SEED_NOTE}; bold is the highest"
     )
     note += " on the same data." if len({group.task for group in groups}) > 1 else "."
     return Table("accuracy", "Final and best accuracy", note, columns, rows)
 
 
 def cost_table(groups: Sequence[Group]) -> Table:
-    """Return the bytes, the FLOPs and the seconds of each group."""
-
-    def total_of(name):
-        return lambda run: float(run.column(name).sum())
+    """Return the bytes and the FLOPs of each group."""
 
     def per_client_round(name):
         return lambda run: float(run.column(name).sum() / run.column("clients").sum())
 
-    names = list(
-        dict.fromkeys(
-            n for g in groups for run in g.runs for n in run.rounds if n.startswith("seconds_")
-        )
-    )
-
-    def per_round(name):
-        return lambda run: float(run.column(name).mean())
-
     columns = [
         Column("run", "method"),
-        Column("bytes_up", "up per client", format_bytes),
-        Column("bytes_down", "down per client", format_bytes),
-        Column("tflop", "training / TFLOP", format_number),
-        *(Column(name, f"{name.removeprefix('seconds_')} / s", format_number) for name in names),
-        Column("seconds", "in all", format_seconds),
-        *(
-            [Column("balance", "balance / %", format_percent)]
-            if any(run.rank_load for g in groups for run in g.runs)
-            else []
-        ),
+        Column("bytes_up", "up per client and round", format_bytes),
+        Column("bytes_down", "down per client and round", format_bytes),
+        Column("bytes", "up and down in all", format_bytes),
+        Column("tflop", "training in all", _format_tflop),
     ]
     rows = [
         {
             "run": group.label,
             "bytes_up": group.seed_stat(per_client_round("bytes_up")).mean,
             "bytes_down": group.seed_stat(per_client_round("bytes_down")).mean,
-            "tflop": group.seed_stat(total_of("flops")).mean / 1e12,
-            "seconds": sum(group.seed_stat(total_of(name)).mean for name in names),
-            **{name: group.seed_stat(per_round(name)).mean for name in names},
-            "balance": group.seed_stat(
-                lambda run: run.rank_load.balance if run.rank_load else np.nan
-            ),
+            "bytes": group.seed_stat(
+                lambda run: float((run.column("bytes_up") + run.column("bytes_down")).sum())
+            ).mean,
+            "tflop": group.seed_stat(lambda run: float(run.column("flops").sum())).mean / 1e12,
         }
         for group in groups
     ]
     note = (
-        "Means over seeds. Up and down: bytes of one client in one round, float32. Training: all "
-        "clients and rounds. Stages: seconds per round of rank 0, whose waiting for the workers "
-        "counts as exchange. Balance: share of their time for which workers are busy if the "
-        "busiest sets the pace."
+        "Means over seeds. Bytes: what a real federation would send as float32. In all: all "
+        "clients and rounds."
     )
-    return Table("costs", "Bytes, computation and time", note, columns, rows)
+    return Table("costs", "Bytes and computation", note, columns, rows)
+
+
+def time_table(groups: Sequence[Group]) -> Table:
+    """Return the seconds of each group; of several workers those of the median and the slowest."""
+    seconds = [group.worker_seconds() for group in groups]
+    stages = list(dict.fromkeys(stage for of_group in seconds for stage in of_group.median))
+    has_several = any(of_group.workers > 1 for of_group in seconds)
+    columns = [
+        Column("run", "method"),
+        *([Column("of", "of")] if has_several else []),
+        *(Column(f"seconds_{stage}", f"{stage} / s", _format_stage) for stage in stages),
+        *([Column("balance", "balance / %", format_percent)] if has_several else []),
+        Column("seconds", "all rounds", format_seconds),
+    ]
+    rows = []
+    for group, (workers, median, slowest) in zip(groups, seconds, strict=True):
+        total = group.seed_stat(lambda run: run.total_seconds).mean
+        balance = group.seed_stat(lambda run: run.rank_load.balance if run.rank_load else np.nan)
+        described = [(f"median of {workers} workers", median), ("slowest worker", slowest)]
+        for of, of_worker in described if workers > 1 else [("one process", median)]:
+            row = {f"seconds_{stage}": value for stage, value in of_worker.items()}
+            rows.append(
+                {"run": group.label, "of": of, "seconds": total, "balance": balance.mean, **row}
+            )
+    note = (
+        "Means over seeds and rounds, of the ranks that train clients. The median and the slowest "
+        "worker: by the time for training and evaluation. Waiting: for other ranks. Balance: the "
+        "share of their time for which workers are busy if the slowest sets the pace."
+    )
+    return Table("seconds", "Seconds of a round", note, columns, rows)
 
 
 def settings_table(run_groups: RunGroups) -> Table | None:
-    """Return the settings that differ between the groups; None if there are none."""
-    if not run_groups.keys:
+    """Return the settings that differ between the groups, but for the method; None without any."""
+    keys = [key for key in run_groups.keys if key != "algorithm.name"]
+    if not keys:
         return None
-    names = {key: column_name(key, run_groups.keys) for key in run_groups.keys}
-    columns = [Column("run", "method"), *(Column(name, name) for name in names.values())]
-
-    def format_group_setting(group, key):
-        return None if key not in group.settings else format_setting(group.settings[key])
-
-    rows = [
-        {"run": group.label}
-        | {name: format_group_setting(group, key) for key, name in names.items()}
+    names = {key: column_name(key, run_groups.keys) for key in keys}
+    cells = {
+        group.label: {
+            names[key]: format_setting(group.settings[key]) for key in keys if key in group.settings
+        }
         for group in run_groups.groups
-    ]
+    }
     note = (
         "Every setting that is not the same in all runs, but for seeds, folders and how it was "
-        "computed; - where a "
+        "computed; - where a method has none."
     )
-    note += "method has none."
+    if len(keys) <= max(_MAX_SETTING_COLUMNS, len(cells)):
+        columns = [Column("run", "method"), *(Column(name, name) for name in names.values())]
+        rows = [{"run": label, **of_group} for label, of_group in cells.items()]
+    else:  # as columns they would not fit the page
+        columns = [Column("setting", "setting"), *(Column(label, label) for label in cells)]
+        rows = [
+            {"setting": name} | {label: of.get(name, "-") for label, of in cells.items()}
+            for name in names.values()
+        ]
     return Table("settings", "What differs", note, columns, rows)
 
 
@@ -202,7 +216,7 @@ def low_rank_table(factors_of: Mapping[str, LowRank]) -> Table | None:
         Column("run", "method"),
         Column("layer", "layer"),
         Column("r", "r", _format_rank),
-        Column("effective_rank", "effective rank", format_number),
+        Column("effective_rank", "effective rank", _format_effective_rank),
         Column("norm", "norm", format_number),
     ]
     rows = [
@@ -239,8 +253,21 @@ def _client_std(run) -> float:
     return float(known.std(ddof=1)) if len(known) > 1 else np.nan
 
 
+def _format_stage(seconds: float) -> str:
+    return f"{seconds:.3f}" if seconds < 1 else format_number(seconds)
+
+
+def _format_tflop(number: float) -> str:
+    prefix, size = unit_prefix(1e12 * number)
+    return f"{1e12 * number / size:.3g} {prefix}FLOP"
+
+
 def _format_gain(fraction: float) -> str:
     return f"{100 * fraction:+.2f}"
+
+
+def _format_effective_rank(rank: float) -> str:
+    return f"{rank:.2f}"
 
 
 def _format_rank(rank: float) -> str:

@@ -15,7 +15,17 @@ from ...core import escapes
 from ...core.units import format_bytes
 from ...store import nolinks
 from ...store.files import check_plain_name, open_for_reading, write_atomic
-from ..groups import Group, RunGroups, RunLog, Stat, format_setting, group_runs
+from ..groups import (
+    Group,
+    RunGroups,
+    RunLog,
+    Stat,
+    count_clients,
+    count_seeds,
+    format_counts,
+    format_setting,
+    group_runs,
+)
 from ..runs import clients_table, rounds_table
 from . import clients, curves, personal, ranks, sweeps, tables
 from .crowd import assign_looks
@@ -61,7 +71,10 @@ def write_report(paths: Sequence[Path], folder: Path) -> str:
     files[f"{TABLES}/clients.csv"] = _csv_bytes(_final_clients(logs))
     page = render_page(content, svg_of, sorted(files)).encode()
     _write_files(folder, files | {PAGE: page}, old_files)
-    counts = f"{len(content.figures)} figures and {len(content.tables)} tables of {len(logs)} runs"
+    counts = (
+        f"{len(content.figures)} figures and {len(content.tables)} tables of "
+        f"{format_counts([len(logs)], 'run')}"
+    )
     written_note = f"PNG and PDF in {FIGURES}/, CSV, Markdown and LaTeX in {TABLES}/"
     return f"{folder / PAGE}: {counts}, {format_bytes(len(page))}; {written_note}"
 
@@ -93,10 +106,10 @@ def collect_content(logs: Sequence[RunLog]) -> PageContent:
         clients.client_distribution(groups, look_of),
         clients.rival_scatter(pairs, look_of),
         *on_grids,
-        *sweeps.sweep_figures(groups, run_groups.keys, swept_keys),
+        *sweeps.sweep_figures(groups, run_groups.keys, swept_keys, look_of),
         curves.accuracy_by_bytes(groups, look_of),
         curves.accuracy_by_flops(groups, look_of),
-        curves.seconds_by_stage(groups, look_of),
+        ranks.seconds_by_stage(groups, look_of),
         ranks.seconds_by_rank(groups, look_of),
         curves.loss_curves(groups, look_of),
         curves.drift_curves(groups, look_of),
@@ -109,6 +122,7 @@ def collect_content(logs: Sequence[RunLog]) -> PageContent:
         tables.settings_table(run_groups),
         tables.rival_table(pairs),
         tables.cost_table(groups),
+        tables.time_table(groups),
         tables.low_rank_table(low_rank_figures.tables),
         tables.run_table(groups),
     ]
@@ -156,12 +170,8 @@ def render_page(content: PageContent, svg_of: dict[str, bytes], files: Sequence[
         f'<a href="#{name}">{escapes.escape_html(title)}</a>'
         for title, name in first_section.items()
     )
-    runs = sum(len(group.runs) for group in groups)
-    title = (
-        f"{runs} runs, {len(groups)} settings"
-        if len(groups) > 1
-        else f"{groups[0].label}, {runs} runs"
-    )
+    runs = format_counts([sum(len(group.runs) for group in groups)], "run")
+    title = f"{runs}, {len(groups)} settings" if len(groups) > 1 else f"{groups[0].label}, {runs}"
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -170,7 +180,7 @@ def render_page(content: PageContent, svg_of: dict[str, bytes], files: Sequence[
             _PAGE_MARK.format(escapes.escape_html(" ".join(files))),
             f"<title>{escapes.escape_html(title)}</title><style>{_STYLE}</style></head><body>",
             f"<h1>{escapes.escape_html(title)}</h1>",
-            f"<p>{escapes.escape_html(summarize(groups))}</p>",
+            f"<p>{escapes.escape_html(summarize(groups))} {_describe_size(groups)}</p>",
             *(f'<p class="note">{escapes.escape_html(note)}</p>' for note in content.notes),
             f"<nav>{contents}</nav>",
             *(f'<section id="{name}">{body}</section>' for name, _, body in sections),
@@ -182,6 +192,12 @@ def render_page(content: PageContent, svg_of: dict[str, bytes], files: Sequence[
             "",
         ]
     )
+
+
+def _describe_size(groups: Sequence[Group]) -> str:
+    """Return a sentence about the numbers of clients, seeds and rounds."""
+    rounds = format_counts([run.rounds_done for group in groups for run in group.runs], "round")
+    return f"{count_clients(groups)}, {count_seeds(groups)} per setting, {rounds}."
 
 
 def summarize(groups: Sequence[Group]) -> str:
@@ -356,9 +372,9 @@ figcaption,caption,.note,footer{font-size:.9rem;color:#444}
 caption{text-align:left;padding:0 0 .4rem}caption b{color:#1a1a1a}
 .note{border-left:3px solid #d55e00;padding-left:.7rem}
 .t{overflow-x:auto;margin:1.6rem 0}table{border-collapse:collapse;font-size:.88rem}
-th,td{padding:.22rem .7rem;text-align:left;vertical-align:top}th{border-bottom:1.5px solid #1a1a1a;font-weight:600}
+th,td{padding:.22rem .55rem;text-align:left;vertical-align:top}th{vertical-align:bottom}th{border-bottom:1.5px solid #1a1a1a;font-weight:600}
 thead th:first-child,td:first-child{padding-left:0}tr+tr td{border-top:1px solid #e4e4e4}
-.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.n{text-align:right;font-variant-numeric:tabular-nums}td.n{white-space:nowrap}
 details{margin:2rem 0}summary{cursor:pointer}footer{margin:3rem 0 1rem;border-top:1px solid #e4e4e4;padding-top:.5rem}
 @media print{body{font-size:10pt;max-width:none;margin:0}nav,details{display:none}h2{break-after:avoid}
 figure,tr,section{break-inside:avoid}.t{overflow:visible}
