@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOME = {
     "open_run": "analysis.run_view",
     "open_runs": "analysis.runs",
+    "sweep": "sweeps.sweep",
     **dict.fromkeys(
         (
             "Aggregate",

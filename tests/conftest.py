@@ -4,7 +4,7 @@ that several files use.
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ import torch
 from runs import TINY
 
 from fedlora_mpi.cli import main
-from fedlora_mpi.reproduce import carry
+from fedlora_mpi.experiment import processes
 
 torch.set_num_threads(1)  # the engine's default; sums in another order have other last bits
 
@@ -80,13 +80,13 @@ def carried(request, monkeypatch) -> None:
     its own, as it does.
     """
 
-    def start(task: carry.Task, more: Mapping[str, str]) -> SimpleNamespace:
+    def start(task: processes.Task, *_: object) -> SimpleNamespace:
         with open(task.log, "a") as log, redirect_stdout(log), redirect_stderr(log):
             code = main(list(task.command[3:]))  # after "python -m fedlora_mpi"
         return SimpleNamespace(poll=lambda: code)
 
     if request.param == "here":
-        monkeypatch.setattr(carry, "_start_process", start)
+        monkeypatch.setattr(processes, "start_process", start)
 
 
 @pytest.fixture

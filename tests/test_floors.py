@@ -23,7 +23,7 @@ FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is it
     "resilience": 10,
     "experiment": 11,
     **dict.fromkeys(("analysis", "plan"), 12),
-    **dict.fromkeys(("doctor", "reproduce"), 13),
+    **dict.fromkeys(("doctor", "reproduce", "sweeps"), 13),
     "commands": 14,
     "cli": 15,
     "__main__": 16,
@@ -135,7 +135,12 @@ def test_a_run_never_imports_the_analysis():
     trees, met, ahead = (
         parsed(),
         set(),
-        [("experiment", "loop"), ("experiment", "assembly"), ("federation", "round"), ("plan", "__init__")],
+        [
+            ("experiment", "loop"),
+            ("experiment", "assembly"),
+            ("federation", "round"),
+            ("plan", "__init__"),
+        ],
     )
     while ahead:
         parts = ahead.pop()

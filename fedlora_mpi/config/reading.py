@@ -21,6 +21,7 @@ import yaml
 
 from .. import algorithms
 from ..algorithm import Algorithm, dataclass_mistake
+from ..core.escapes import safe_file_name
 from ..data.csv_numbers import Table
 from ..data.datasets import DATASETS, Source
 from ..data.partition import PARTITIONS, Partition
@@ -82,20 +83,48 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _fill_output(Path(path), *_read(Path(path), overrides))
 
 
+def output_pattern(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """``output`` of ``read(path, overrides)``, before its placeholders are replaced."""
+    return _read(Path(path), overrides)[0].output
+
+
+def has_placeholder(text: str) -> bool:
+    """Whether a value of ``output`` names a part that ``read`` replaces."""
+    return bool(_PLACEHOLDER.search(text))
+
+
 def _fill_output(path: Path, config: Config, origin: Origin) -> Config:
     """``config`` of the file ``path`` with the placeholders of ``output`` replaced."""
-    substitutes = {
+    names = {
         "name": path.stem,
         "algorithm": algorithm_name(config.algorithm).rpartition(":")[2],
         "seed": str(config.seed),
     }
-    for placeholder in _PLACEHOLDER.findall(config.output):
-        if placeholder not in substitutes:
-            allowed = ", ".join(f"{{{placeholder_name}}}" for placeholder_name in substitutes)
-            raise origin.error(
-                "output", f"{{{placeholder}}} is unknown; there are {allowed}", config.output
+    placeholders = _PLACEHOLDER.findall(config.output)
+    if not set(placeholders) <= set(names):
+        settings = _every_setting(config)
+        del settings["output"]
+        names = {key: safe_file_name(_plain_text(settings[key])) for key in settings} | names
+    for placeholder in placeholders:
+        if placeholder not in names:
+            reason = (
+                f"{{{placeholder}}} is unknown; there are {{name}}, {{algorithm}}, {{seed}} and "
+                f"every key, such as {{train.lr}}{blocks.suggest(placeholder, names)}"
             )
-    return replace(config, output=_PLACEHOLDER.sub(lambda m: substitutes[m[1]], config.output))
+            raise origin.error("output", reason, config.output)
+    return replace(config, output=_PLACEHOLDER.sub(lambda m: names[m[1]], config.output))
+
+
+def _every_setting(config: Config) -> dict[str, Any]:
+    """``flatten(config)``, with the keys that it leaves out where they have their defaults."""
+    names = (*OMIT_IF_DEFAULT, "privacy")
+    omitted = blocks.to_plain({name: getattr(config, name) for name in names})
+    return dict(_flatten(omitted)) | flatten(config)
+
+
+def _plain_text(value: Any) -> str:
+    """A value as it would be written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, Origin]:

@@ -1,0 +1,257 @@
+"""Sweeps: the axes of Hydra's syntax, the runs that they make, and a sweep that goes on where it was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from runs import TINY, command_line, process_environment, wait_until
+
+import fedlora_mpi
+from fedlora_mpi.config import ConfigError
+from fedlora_mpi.experiment import processes
+from fedlora_mpi.store.sweep_folder import read_description
+from fedlora_mpi.sweeps import grid
+from fedlora_mpi.sweeps.axes import Axis, Interval, parse_axis, split_items, split_overrides
+from fedlora_mpi.sweeps.sweep import SweepError
+
+# --- axes
+
+
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        ("0.1,0.2", ["0.1", "0.2"]),
+        ("choice(a, b)", ["a", "b"]),
+        ("choice(a)", ["a"]),
+        ("range(1,5)", ["1", "2", "3", "4"]),
+        ("range(3)", ["0", "1", "2"]),
+        ("range(start=1,stop=6,step=2)", ["1", "3", "5"]),
+        ("range(10,1,-4)", ["10", "6", "2"]),
+        ("range(0,1,0.25)", ["0.0", "0.25", "0.5", "0.75"]),
+        ("'a,b',c", ["'a,b'", "c"]),
+        ("[1,2],[3,4]", ["[1,2]", "[3,4]"]),
+        ("{name: a, k: 1},b", ["{name: a, k: 1}", "b"]),
+        ("it's,fine", ["it's", "fine"]),
+        ("'it''s, a',b", ["'it''s, a'", "b"]),
+    ],
+)
+def test_an_axis_has_the_values_that_hydra_gives_it(text, values):
+    assert list(parse_axis("k", text).values) == values
+
+
+def test_a_range_of_decimals_has_no_rounding_error():
+    assert parse_axis("k", "range(0,1,0.1)").values == tuple(f"0.{digit}" for digit in range(10))
+
+
+@pytest.mark.parametrize("text", ["0.1", "'a,b'", "[1,2]", "{a: 1, b: 2}", "[1,2", "f(x)"])
+def test_one_value_is_no_axis(text):
+    assert parse_axis("k", text) is None and split_items(text) == [text]
+
+
+def test_an_interval_is_of_integers_where_both_ends_are():
+    assert parse_axis("k", "interval(1,8)") == Interval("k", 1, 8)
+    assert isinstance(parse_axis("k", "interval(1.0,8)").low, float)
+    assert parse_axis("k", "tag(log, interval(1e-5,1e-1))") == Interval("k", 1e-5, 0.1, True)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("range(1,1)", "gives 0 values"),
+        ("range(0,1,0)", "must be range(stop) or range(start,stop,step)"),
+        ("range(x)", "must be range(stop)"),
+        ("range(0,1e9)", "gives 1000000000 values"),
+        ("range(1,2,3,4)", "takes start, stop, step"),
+        ("a,,b", "value 2 is empty"),
+        ("a,b,a", "a is there twice"),
+        ("a,choice(b,c)", "must stand alone"),
+        ("interval(1)", "must be a number"),
+        ("interval(2,1)", "a below b"),
+        ("tag(log,interval(0,1))", "must begin above 0"),
+        ("tag(log,range(3))", "must be tag(log, interval(a,b))"),
+    ],
+)
+def test_a_wrong_axis_is_one_line(text, reason):
+    with pytest.raises(ConfigError) as refused:
+        parse_axis("train.lr", text)
+    assert str(refused.value).startswith(f"command line: train.lr={text}: ")
+    assert reason in str(refused.value)
+
+
+def test_the_later_of_two_overrides_counts_and_output_is_no_axis():
+    plain, axes = split_overrides(["seed=1,2", "output=a,b", "train.lr=1", "seed=3", "rounds=1,2"])
+    assert plain == ["output=a,b", "train.lr=1", "seed=3"]
+    assert axes == [Axis("rounds", ("1", "2"))]
+
+
+# --- the runs of a grid
+
+
+def jobs_of(*overrides):
+    plain, axes = split_overrides(overrides)
+    return grid.make_jobs(str(TINY), plain, list(grid.combinations(axes)))
+
+
+def folders(*overrides):
+    return [str(job.folder) for job in jobs_of(*overrides)]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_folder_is_named_by_what_varies_and_the_last_axis_varies_fastest():
+    assert folders("train.lr=0.1,0.2", "seed=1,2", "rounds=3", "output=s") == [
+        "s/lr=0.1,seed=1", "s/lr=0.1,seed=2", "s/lr=0.2,seed=1", "s/lr=0.2,seed=2",
+    ]  # fmt: skip
+
+
+def test_an_output_with_placeholders_names_each_run_by_any_key():
+    pattern = "output=s/{train.lr}/{faults.tolerate}-{algorithm}-{seed}"
+    assert folders("train.lr=0.1,0.2", "algorithm=local", pattern) == [
+        "s/0.1/false-local-1", "s/0.2/false-local-1",
+    ]  # fmt: skip
+    assert grid.sweep_place(str(TINY), [pattern, "train.lr=0.1"]) == (grid.Path("s"), True)
+
+
+def test_without_output_a_sweep_lies_beside_the_runs_of_its_config(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(TINY.read_text().replace("output: run", "output: a/b/{name}-{seed}"))
+    assert grid.sweep_place(str(config), []).folder == grid.Path("a/b/c-sweep")
+
+
+def test_a_name_that_no_folder_can_have_keeps_a_checksum():
+    one, two = (grid.folder_name({"k": value}) for value in ("[1,2]", "[1/2]"))
+    assert one.startswith("k=-1-2--") and two.startswith("k=-1-2--") and one != two
+    assert len(grid.folder_name({"k": "x" * 90, "l": "y" * 90, "m": "z" * 90})) < 220
+    assert grid.folder_name({"a.lr": "1", "b.lr": "2"}) == "a.lr=1,b.lr=2"
+
+
+def test_two_runs_in_one_folder_are_refused():
+    with pytest.raises(grid.WrongJobs, match="is also that of lr=0.1; put what differs into output"):
+        jobs_of("train.lr=0.1,0.2", "output=s/{seed}")
+
+
+def test_every_wrong_combination_is_told_before_any_run_starts(call, tmp_path):
+    code, out, err = call("sweep", TINY, "algorithm=local,locall,fedavg", "rounds=1,0", "seed=1,2")
+    assert (code, out) == (2, "") and err.count("\n") == 2
+    first, second = err.splitlines()
+    assert first.startswith("fedlora-mpi: algorithm=local, rounds=0, seed=1 and 3 more: ")
+    assert "rounds = 0: must be an integer of at least 1" in first
+    assert second.startswith("fedlora-mpi: algorithm=locall, rounds=1, seed=1 and 3 more: ")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["seed=1"], "a sweep needs a key with several values, such as train.lr=0.01,0.1"),
+        (["train.lr=interval(0,1)"], "train.lr: interval is for a search; add --sampler"),
+        (["seed=1,2", "--jobs", "0"], "--jobs = 0: must be an integer of at least 1"),
+        (["seed=1,2", "--ranks", "0"], "--ranks = 0: must be an integer of at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line(call, tmp_path, arguments, reason):
+    code, out, err = call("sweep", TINY, *arguments)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and reason in err
+    assert not [*tmp_path.iterdir()]
+
+
+# --- a sweep
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Runs start in this process; the list has their arguments."""
+    started = []
+
+    def start(task, *_):
+        started.append(list(task.command[3:]))
+        with open(task.log, "a") as log, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stderr", log)
+            patch.setattr(sys, "stdout", log)
+            code = fedlora_mpi.cli.main(started[-1])
+        return SimpleNamespace(poll=lambda: code)
+
+    monkeypatch.setattr(processes, "start_process", start)
+    return started
+
+
+def test_a_sweep_trains_what_is_left_and_can_grow(call, in_process):
+    ask = ("sweep", TINY, "algorithm=fedavg,local", "rounds=1", "output=s", "--jobs", "1")
+    code, out, err = call(*ask, "seed=1")
+    assert (code, out) == (0, "s: 2 done\n")
+    assert err.splitlines()[0] == "s: 2 runs, 2 waiting, 1 at a time"
+    assert "[2/2] algorithm=local: done after " in err and ", round 1/1, accuracy " in err
+    call(*ask, "seed=1")
+    assert len(in_process) == 2
+    assert call(*ask, "seed=choice(2)")[:2] == (0, "s: 2 done\n")
+    assert len(in_process) == 4
+    runs = read_description(grid.Path("s"))["runs"]
+    assert runs["algorithm=local"] == {"algorithm": "local"}
+    assert runs["algorithm=local,seed=2"] == {"algorithm": "local", "seed": "2"}
+
+
+def test_more_rounds_go_on_and_other_settings_are_refused(call, in_process):
+    ask = ("sweep", TINY, "seed=1,2", "output=s")
+    call(*ask, "rounds=1")
+    assert call(*ask, "rounds=2")[:2] == (0, "s: 2 done\n")
+    assert "resuming s/seed=1 after round 1" in grid.Path("s/seed=1.log").read_text()
+    code, _, err = call(*ask, "rounds=2", "train.lr=0.1")
+    assert code == 2 and err.count("\n") == 2
+    assert "seed=1: " in err and "train.lr = 0.1: the run in s/seed=1 has 0.05" in err
+
+
+def test_a_failed_run_stops_no_other_and_its_last_line_is_told(call, in_process):
+    code, out, err = call("sweep", TINY, "algorithm.lora_epochs=4,1", "rounds=1", "output=s")
+    assert (code, out) == (1, "s: 1 failed, 1 done\n")
+    told = err.splitlines()[-1]
+    assert told.startswith("fedlora-mpi: lora_epochs=4: exit code 2: ")
+    assert "must be at most train.epochs = 3 (s/lora_epochs=4.log)" in told
+
+
+def test_the_lines_of_a_sweep_are_those_of_the_runs_that_are_left(call, in_process, tmp_path):
+    ask = ("sweep", TINY, "rounds=1", "output=s")
+    call(*ask, "seed=choice(1)")
+    code, out, _ = call(*ask, "seed=1,2", "--print-jobs", "--ranks", "3")
+    line = f"fedlora-mpi run --resume --ranks 3 {TINY} rounds=1 seed=2 output=s/seed=2\n"
+    assert (code, out) == (0, line) and len(in_process) == 1
+
+
+def test_the_function_returns_the_runs_and_raises_for_one_that_fails(in_process):
+    runs = fedlora_mpi.sweep(TINY, "algorithm=fedavg,local", "rounds=1", "output=s")
+    assert list(runs) == ["s/algorithm=fedavg", "s/algorithm=local"]
+    assert list(runs.settings["algorithm"]) == ["fedavg", "local"]
+    with pytest.raises(SweepError, match="lora_epochs=9: exit code 2: "):
+        fedlora_mpi.sweep(TINY, "algorithm.lora_epochs=9,1", "rounds=1", "output=t")
+    with pytest.raises(ValueError, match="needs a key with several values"):
+        fedlora_mpi.sweep(TINY, "rounds=1")
+
+
+def test_a_description_that_leads_out_of_its_folder_is_refused(tmp_path):
+    (tmp_path / "sweep.json").write_text(
+        json.dumps({"format_version": 1, "runs": {"../x": {"seed": "1"}}})
+    )
+    with pytest.raises(ValueError, match="names a run outside its folder"):
+        read_description(tmp_path)
+
+
+@pytest.mark.thorough
+def test_ctrl_c_ends_the_runs_after_their_round_and_the_same_command_goes_on(tmp_path):
+    command = command_line("sweep", TINY, "seed=1,2", "rounds=400", "output=s", "--jobs", "1")
+    env = process_environment()
+    sweep = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: (tmp_path / "s/seed=1/log.h5").is_file())
+    time.sleep(1)
+    sweep.send_signal(signal.SIGINT)
+    err = sweep.communicate(timeout=120)[1]
+    assert sweep.returncode == 75 and "not done; to go on, give the same command again" in err
+    assert "stopped after round" in (tmp_path / "s/seed=1.log").read_text()
+    assert not (tmp_path / "s/seed=2").exists()
+    assert os.listdir(tmp_path / "s/seed=1/checkpoints")
