@@ -58,13 +58,12 @@ def _leads_out(name: str) -> bool:
     return path.is_absolute() or ".." in path.parts
 
 
-def expand_sweeps(paths: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
-    """Return the paths with the runs of a sweep in place of its folder, and the keys it varies.
+def expand_sweeps(paths: Sequence[Path]) -> list[Path]:
+    """Return the paths with the runs of a sweep in place of its folder.
 
     A run that has not begun is left out. Raises StoreError for a sweep without any run.
     """
     runs: list[Path] = []
-    keys: list[str] = []
     for path in paths:
         if not is_sweep(path):
             runs.append(path)
@@ -74,5 +73,4 @@ def expand_sweeps(paths: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
         if not begun:
             raise StoreError(f"{path}: none of its {len(described)} runs has begun")
         runs += begun
-        keys += [key for values in described.values() for key in values]
-    return runs, tuple(dict.fromkeys(keys))
+    return runs

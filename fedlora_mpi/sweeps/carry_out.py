@@ -92,7 +92,8 @@ def carry_out(source: Source, slots: Slots, ranks: int, view: View) -> dict[str,
                 state = source.end(job, code)
                 view.end(job, state, seconds)
                 if state == "failed":
-                    failures[job.name] = f"exit code {code}: {last_line(job.log)} ({job.log})"
+                    line = last_line(job.log).removeprefix("fedlora-mpi: ")
+                    failures[job.name] = f"exit code {code}: {line} ({job.log})"
             stopping = running.values() if requests else source.jobs_to_stop(running.values())
             for name in {job.name for job in stopping} - told_to_stop:
                 told_to_stop.add(name)
