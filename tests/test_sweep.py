@@ -244,6 +244,55 @@ def test_a_description_that_leads_out_of_its_folder_is_refused(tmp_path):
         read_description(tmp_path)
 
 
+# --- Slurm
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """A Slurm that keeps the script in ``asked`` and gives the job the number 42."""
+    (tmp_path / "bin").mkdir()
+    for name, text in {"sbatch": "cat > asked; echo 42", "python": 'echo "$@" >> ran'}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return tmp_path / "asked"
+
+
+def test_a_sweep_is_queued_as_one_array_whose_tasks_are_its_runs(call, sbatch, tmp_path):
+    ask = ("sweep", TINY, "algorithm=fedavg,local", "seed=1,2", "output=s", "--slurm")
+    code, out, _ = call(*ask, "--jobs", "3", "--mem", "8G", "rounds=1")
+    assert (code, out) == (
+        0,
+        "job 42: 4 runs, 1 ranks on 1 node(s) each, output in s/slurm-42_*.log\n",
+    )
+    script = sbatch.read_text()
+    assert "#SBATCH --array=1-4%3\n" in script and "#SBATCH --mem=8G\n" in script
+    # task 2, with a python that writes down what it is asked
+    text = script.replace(f'export PATH="{grid.Path(sys.executable).parent}:$PATH"', "")
+    subprocess.run(["bash", "-c", text], env=os.environ | {"SLURM_ARRAY_TASK_ID": "2"}, check=True)
+    run = f"{TINY} rounds=1 algorithm=fedavg seed=2 output=s/algorithm=fedavg,seed=2"
+    assert (tmp_path / "ran").read_text().splitlines() == [
+        f"-m fedlora_mpi run --resume {run}",
+        f"-m fedlora_mpi status {run}",
+    ]
+    assert len(read_description(tmp_path / "s")["runs"]) == 4
+
+
+def test_a_dry_run_of_an_array_writes_nothing(call, tmp_path):
+    code, out, _ = call("sweep", TINY, "seed=1,2", "output=s", "--slurm", "--dry-run")
+    assert code == 0 and "#SBATCH --array=1-2\n" in out and not [*tmp_path.iterdir()]
+
+
+def test_an_option_for_slurm_alone_is_refused(call):
+    assert "--gpus: is for Slurm; add --slurm" in call("sweep", TINY, "seed=1,2", "--gpus", "2")[2]
+
+
+def test_an_array_without_slurm_is_refused_before_anything_is_written(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = call("sweep", TINY, "seed=1,2", "output=s", "--slurm")
+    assert code == 2 and "no sbatch on PATH" in err and not [*tmp_path.iterdir()]
+
+
 @pytest.mark.thorough
 def test_ctrl_c_ends_the_runs_after_their_round_and_the_same_command_goes_on(tmp_path):
     command = command_line("sweep", TINY, "seed=1,2", "rounds=400", "output=s", "--jobs", "1")

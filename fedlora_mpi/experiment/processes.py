@@ -33,7 +33,7 @@ class EndedTask(NamedTuple):
 class Slots(NamedTuple):
     """How many runs this machine trains at once, and the GPUs that they take in turn."""
 
-    count: int
+    number: int
     gpus: Sequence[str] = ()  # values of CUDA_VISIBLE_DEVICES
 
 
@@ -53,7 +53,7 @@ def plan_slots(jobs: int | None, ranks: int, threads: int = 1) -> Slots:
 
 
 class Pool:
-    """The processes of at most ``slots.count`` tasks at once.
+    """The processes of at most ``slots.number`` tasks at once.
 
     own_groups: the terminal sends Ctrl-C to this process alone. When the block ends, processes that
     still run are terminated; their last checkpoints are safe.
@@ -66,7 +66,7 @@ class Pool:
     def __enter__(self) -> "Pool":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.send_signal(signal.SIGTERM)
         for _, process, _ in self._running.values():
             process.wait()
@@ -79,11 +79,11 @@ class Pool:
     @property
     def has_room(self) -> bool:
         """Whether another task can start."""
-        return len(self._running) < self._slots.count
+        return len(self._running) < self._slots.number
 
     def start(self, task: Task) -> None:
         """Start a task in a free slot."""
-        slot = next(slot for slot in range(self._slots.count) if slot not in self._running)
+        slot = next(slot for slot in range(self._slots.number) if slot not in self._running)
         gpus = self._slots.gpus
         extra_env = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
         process = start_process(task, extra_env, self._own_groups)
@@ -91,11 +91,11 @@ class Pool:
 
     def collect_ended(self) -> list[EndedTask]:
         """Return the tasks that have ended since the last call."""
-        ended = []
-        for slot, (task, process, started) in list(self._running.items()):
+        ended: list[EndedTask] = []
+        for slot, (task, process, start_time) in list(self._running.items()):
             if (code := process.poll()) is not None:
                 del self._running[slot]
-                ended.append(EndedTask(task, code, time.monotonic() - started))
+                ended.append(EndedTask(task, code, time.monotonic() - start_time))
         return ended
 
     def send_signal(self, number: int, task: Task | None = None) -> None:

@@ -103,12 +103,12 @@ def _run_missing(request: Request, jobs: Sequence[Job], missing: Sequence[Job]) 
     num_started = sum(num_logged_rounds(run.folder) > 0 for run in missing)
     report(
         f"{request.table_folder}: {len(jobs)} runs, {len(jobs) - len(missing)} done, {num_started} "
-        f"to go on with, {slots.count} at a time"
+        f"to go on with, {slots.number} at a time"
     )
     old_handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         tasks = carry.make_tasks(missing, request.ranks)
-        return carry.run_tasks(tasks, slots.count, report, slots.gpus)
+        return carry.run_tasks(tasks, slots.number, report, slots.gpus)
     finally:
         signal.signal(signal.SIGTERM, old_handler)
 

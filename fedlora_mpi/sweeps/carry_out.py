@@ -63,7 +63,7 @@ def first_state(job: Job) -> str:
 
 
 def carry_out(source: Source, slots: Slots, ranks: int, view: View) -> dict[str, str]:
-    """Run what ``source`` gives, ``slots.count`` at a time. Return a line for each failed run.
+    """Run what ``source`` gives, ``slots.number`` at a time. Return a line for each failed run.
 
     Ctrl-C or SIGUSR1 stops the runs after their round, and starts no other; a second Ctrl-C raises
     KeyboardInterrupt and ends them at once.

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 
 from ..analysis.watch import RunStatus, progress_texts
@@ -20,11 +20,14 @@ _REFRESH_SECONDS = 1.0  # from one look into the logs to the next
 class View:
     """Prints a line on stderr when a run ends.
 
-    states: {name of a run: its state} when the sweep begins. total: runs of the sweep.
+    states: {name of a run: its state} when the sweep begins. count_runs: how many runs there are,
+    those of a search included that are not known yet.
     """
 
-    def __init__(self, title: str, states: Mapping[str, str], total: int) -> None:
-        self._title, self.states, self._total = title, dict(states), total
+    def __init__(
+        self, title: str, states: Mapping[str, str], count_runs: Callable[[], int]
+    ) -> None:
+        self._title, self.states, self._count_runs = title, dict(states), count_runs
         self._texts: dict[str, tuple[str, ...]] = {}  # round, accuracy and seconds by run
 
     def __enter__(self) -> "View":
@@ -47,7 +50,7 @@ class View:
         text = f"{state} after {format_seconds(seconds)}, round {round_}"
         accuracy_note = f", accuracy {accuracy}" if accuracy else ""
         ended = sum(state not in ("waiting", "running") for state in self.states.values())
-        self._print(f"[{ended}/{self._total}] {job.name}: {text}{accuracy_note}")
+        self._print(f"[{ended}/{self._count_runs()}] {job.name}: {text}{accuracy_note}")
 
     def refresh(self, running: Iterable[Job]) -> None:
         """Show how far the running runs are."""
@@ -58,19 +61,20 @@ class View:
     def counts(self) -> str:
         """How many runs are in each state, in words."""
         counts = Counter(self.states.values())
-        missing = self._total - len(self.states)  # trials of a search that are not known yet
-        counts["waiting"] += missing
+        counts["waiting"] += self._count_runs() - len(self.states)
         return ", ".join(f"{number} {state}" for state, number in counts.items() if number > 0)
 
 
 class LiveView(View):
     """A table on the terminal that is drawn anew each second. Needs rich."""
 
-    def __init__(self, title: str, states: Mapping[str, str], total: int) -> None:
+    def __init__(
+        self, title: str, states: Mapping[str, str], count_runs: Callable[[], int]
+    ) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        super().__init__(title, states, total)
+        super().__init__(title, states, count_runs)
         self._console = Console()
         self._live = Live(console=self._console, auto_refresh=False)
         self._refreshed = 0.0
@@ -121,14 +125,14 @@ class LiveView(View):
         return table
 
 
-def make_view(title: str, states: Mapping[str, str], total: int) -> View:
+def make_view(title: str, states: Mapping[str, str], count_runs: Callable[[], int]) -> View:
     """Return the live table if stdout is a terminal and rich is there, else plain lines."""
     if sys.stdout.isatty():
         try:
-            return LiveView(title, states, total)
+            return LiveView(title, states, count_runs)
         except ImportError:
-            return View(title, states, total)
-    return View(title, states, total)
+            return View(title, states, count_runs)
+    return View(title, states, count_runs)
 
 
 def _log_texts(job: Job) -> tuple[str, str, str]:
