@@ -13,7 +13,8 @@ extras = {
     "text": ["tokenizers>=0.21"],
     "weights": ["safetensors>=0.5"],
     "privacy": ["dp-accounting>=0.6,<0.7"],  # see privacy/accountant.py before another
-    "analysis": ["matplotlib>=3.8", "pandas>=2.1", "rich>=13.7"],
+    "analysis": ["matplotlib>=3.8", "pandas>=2.1", "rich>=13.7", "scipy>=1.11"],
+    "tune": ["optuna>=5.0"],
     "tensorboard": ["tensorboardX>=2.6"],
     "test": ["pytest>=8.0", "pytest-cov>=7.0", "pytest-xdist>=3.6", "hypothesis>=6.100"],
     "lint": ["ruff>=0.17", "mypy>=2.4", "types-PyYAML>=6.0"],

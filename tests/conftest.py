@@ -74,19 +74,30 @@ def copied(trained, tmp_path) -> Callable[..., Path]:
     return copy
 
 
+@pytest.fixture
+def in_process(monkeypatch) -> list[list[str]]:
+    """The runs of a table or a sweep are carried out in this process; the list has their
+    arguments.
+    """
+    arguments: list[list[str]] = []
+
+    def start(task: processes.Task, *_: object) -> SimpleNamespace:
+        arguments.append(list(task.command[3:]))  # after "python -m fedlora_mpi"
+        with open(task.log, "a") as log, redirect_stdout(log), redirect_stderr(log):
+            code = main(arguments[-1])
+        return SimpleNamespace(poll=lambda: code)
+
+    monkeypatch.setattr(processes, "start_process", start)
+    return arguments
+
+
 @pytest.fixture(params=["here", pytest.param("apart", marks=pytest.mark.thorough)])
-def carried(request, monkeypatch) -> None:
+def carried(request) -> None:
     """The runs of ``reproduce`` are carried out in this process, and by ``make test-all`` each in
     its own, as it does.
     """
-
-    def start(task: processes.Task, *_: object) -> SimpleNamespace:
-        with open(task.log, "a") as log, redirect_stdout(log), redirect_stderr(log):
-            code = main(list(task.command[3:]))  # after "python -m fedlora_mpi"
-        return SimpleNamespace(poll=lambda: code)
-
     if request.param == "here":
-        monkeypatch.setattr(processes, "start_process", start)
+        request.getfixturevalue("in_process")
 
 
 @pytest.fixture

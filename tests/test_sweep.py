@@ -6,14 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 from runs import TINY, command_line, process_environment, wait_until
 
 import fedlora_mpi
 from fedlora_mpi.config import ConfigError
-from fedlora_mpi.experiment import processes
 from fedlora_mpi.store.sweep_folder import read_description
 from fedlora_mpi.sweeps import grid
 from fedlora_mpi.sweeps.axes import Axis, Interval, parse_axis, split_items, split_overrides
@@ -94,7 +92,8 @@ def test_the_later_of_two_overrides_counts_and_output_is_no_axis():
 
 def jobs_of(*overrides):
     plain, axes = split_overrides(overrides)
-    return grid.make_jobs(str(TINY), plain, list(grid.combinations(axes)))
+    place = grid.sweep_place(str(TINY), plain)
+    return grid.make_jobs(str(TINY), plain, list(grid.combinations(axes)), place)
 
 
 def folders(*overrides):
@@ -120,6 +119,12 @@ def test_an_output_with_placeholders_names_each_run_by_any_key():
     assert grid.sweep_place(str(TINY), [pattern, "train.lr=0.1"]) == (grid.Path("s"), True)
 
 
+def test_an_override_may_name_the_value_of_an_axis():
+    jobs = jobs_of("seed=1,2", "data.partition.seed={seed}", "output=s")
+    assert [job.config.data.partition.seed for job in jobs] == [1, 2]
+    assert jobs[1].overrides == ("data.partition.seed=2", "seed=2", "output=s/seed=2")
+
+
 def test_without_output_a_sweep_lies_beside_the_runs_of_its_config(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(TINY.read_text().replace("output: run", "output: a/b/{name}-{seed}"))
@@ -141,9 +146,9 @@ def test_two_runs_in_one_folder_are_refused():
 
 
 def test_every_wrong_combination_is_told_before_any_run_starts(call, tmp_path):
-    code, out, err = call("sweep", TINY, "algorithm=local,locall,fedavg", "rounds=1,0", "seed=1,2")
+    code, out, err = call("sweep", TINY, "algorithm=locall,local,fedavg", "rounds=1,0", "seed=1,2")
     assert (code, out) == (2, "") and err.count("\n") == 2
-    first, second = err.splitlines()
+    second, first = err.splitlines()
     assert first.startswith("fedlora-mpi: algorithm=local, rounds=0, seed=1 and 3 more: ")
     assert "rounds = 0: must be an integer of at least 1" in first
     assert second.startswith("fedlora-mpi: algorithm=locall, rounds=1, seed=1 and 3 more: ")
@@ -168,28 +173,11 @@ def test_a_mistake_is_one_line(call, tmp_path, arguments, reason):
 # --- a sweep
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """Runs start in this process; the list has their arguments."""
-    started = []
-
-    def start(task, *_):
-        started.append(list(task.command[3:]))
-        with open(task.log, "a") as log, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "stderr", log)
-            patch.setattr(sys, "stdout", log)
-            code = fedlora_mpi.cli.main(started[-1])
-        return SimpleNamespace(poll=lambda: code)
-
-    monkeypatch.setattr(processes, "start_process", start)
-    return started
-
-
 def test_a_sweep_trains_what_is_left_and_can_grow(call, in_process):
     ask = ("sweep", TINY, "algorithm=fedavg,local", "rounds=1", "output=s", "--jobs", "1")
     code, out, err = call(*ask, "seed=1")
     assert (code, out) == (0, "s: 2 done\n")
-    assert err.splitlines()[0] == "s: 2 runs, 2 waiting, 1 at a time"
+    assert err.splitlines()[0] == "s: 2 waiting, 1 at a time"
     assert "[2/2] algorithm=local: done after " in err and ", round 1/1, accuracy " in err
     call(*ask, "seed=1")
     assert len(in_process) == 2

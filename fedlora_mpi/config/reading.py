@@ -84,8 +84,12 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def output_pattern(path: str | Path, overrides: Sequence[str] = ()) -> str:
-    """``output`` of ``read(path, overrides)``, before its placeholders are replaced."""
-    return _read(Path(path), overrides)[0].output
+    """``output`` of ``read(path, overrides)``, before its placeholders are replaced.
+
+    No other key is checked. Raises ConfigError if the file cannot be read.
+    """
+    tree = _merge(Path(path), overrides).tree
+    return str(tree.get("output", blocks.config_fields(Config)["output"].default))
 
 
 def has_placeholder(text: str) -> bool:
@@ -129,14 +133,19 @@ def _plain_text(value: Any) -> str:
 
 def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, Origin]:
     """The result of ``read`` before ``output`` is filled in, and where each key was written."""
+    merged = _merge(path, overrides)
+    origin = Origin(str(path), merged.sources)
+    config = replace(_build_config(merged.tree, origin), resets=tuple(reset_lines(merged.resets)))
+    return config, origin
+
+
+def _merge(path: Path, overrides: Sequence[str]) -> blocks.Merged:
+    """The keys of a file, its base and the overrides as one tree."""
     layers = [(_load_yaml(path), str(path))]
     if "base" in layers[0][0]:
         layers.insert(0, _load_base(layers[0][0].pop("base"), path))
     layers += [(layer, COMMAND_LINE) for layer in _parse_overrides(overrides)]
-    merged = blocks.merge_layers(layers, CHOICES)
-    origin = Origin(str(path), merged.sources)
-    config = replace(_build_config(merged.tree, origin), resets=tuple(reset_lines(merged.resets)))
-    return config, origin
+    return blocks.merge_layers(layers, CHOICES)
 
 
 def annotated_yaml(path: str | Path, overrides: Sequence[str] = ()) -> str:

@@ -94,7 +94,7 @@ class Place(NamedTuple):
 
 
 def sweep_place(config_file: str, overrides: Sequence[str]) -> Place:
-    """Return where the runs lie that these overrides, with a value for each axis, ask for.
+    """Return where the runs of a sweep lie. overrides: those that all runs have.
 
     ``output=FOLDER`` is the sweep's folder. Of an ``output`` with placeholders it is the part
     before them. Without ``output`` it is CONFIG-sweep beside where a single run would lie.
@@ -121,7 +121,7 @@ def make_jobs(
     config_file: str,
     plain: Sequence[str],
     all_values: Sequence[Mapping[str, str]],
-    place: Place | None = None,
+    place: Place,
 ) -> list[Job]:
     """Return the run of each combination.
 
@@ -147,11 +147,11 @@ def make_jobs(
 
 
 def make_job(
-    config_file: str, plain: Sequence[str], values: Mapping[str, str], place: Place | None = None
+    config_file: str, plain: Sequence[str], values: Mapping[str, str], place: Place
 ) -> Job:
     """Return the run of one combination. Raises ValueError."""
-    overrides = (*plain, *(f"{key}={value}" for key, value in values.items()))
-    place = place or sweep_place(config_file, overrides)
+    linked = (_fill_values(text, values) for text in plain)
+    overrides = (*linked, *(f"{key}={value}" for key, value in values.items()))
     if not place.names_runs:
         others = (text for text in overrides if not text.startswith("output="))
         overrides = (*others, f"output={place.folder / folder_name(values)}")
@@ -165,6 +165,15 @@ def make_job(
         raise ValueError(f"output = {folder}: is no run folder; choose another output")
     is_done = rounds_done >= config.rounds
     return Job(values, config_file, overrides, config, is_done, is_elsewhere and not is_done)
+
+
+def _fill_values(text: str, values: Mapping[str, str]) -> str:
+    """Return an override with the value of an axis in the place of its {key}."""
+    if text.startswith("output="):  # the config fills it
+        return text
+    for key, value in values.items():
+        text = text.replace(f"{{{key}}}", value)
+    return text
 
 
 def job_name(values: Mapping[str, str]) -> str:

@@ -121,7 +121,7 @@ class Search:
         self.study = open_study(settings, place.folder, base_seed)
         self.earlier_states = dict(self._states_of_finished())
         self.refusals: dict[str, str] = {}  # {what a trial would have been: why it is none}
-        self._left = max(0, settings.trials - len(self._finished()))
+        self._left = max(0, settings.trials - len(self._finished_trials()))
         self._waiting: deque[Job] = deque()
         self._trials: dict[str, _Trial] = {}  # by the name of a run
         self._read_at: dict[str, float] = {}  # by the name of a run, of time.monotonic
@@ -138,7 +138,7 @@ class Search:
     @property
     def is_done(self) -> bool:
         """Whether there are as many finished trials as were asked for."""
-        return len(self._finished()) >= self._settings.trials
+        return len(self._finished_trials()) >= self._settings.trials
 
     def next_job(self) -> Job | None:
         """Return the next run: another seed of a trial, else the first of a new trial."""
@@ -226,7 +226,7 @@ class Search:
 
     def _states_of_finished(self) -> Iterator[tuple[str, str]]:
         """Yield the name and the state of each run of the trials that earlier calls have ended."""
-        for trial in self._finished():
+        for trial in self._finished_trials():
             values = self._value_texts(trial.params)
             for seeds in self._space.seeds:
                 state = "pruned" if trial.state.name == "PRUNED" else "done"
@@ -236,7 +236,7 @@ class Search:
         """Return {key: text of an override} of what the study knows of a trial."""
         return {axis.key: _value_text(axis, params[axis.key]) for axis in self._space.axes}
 
-    def _finished(self) -> list["optuna.trial.FrozenTrial"]:
+    def _finished_trials(self) -> list["optuna.trial.FrozenTrial"]:
         from optuna.trial import TrialState
 
         return self.study.get_trials(False, states=(TrialState.COMPLETE, TrialState.PRUNED))
@@ -313,8 +313,8 @@ def open_study(settings: SearchSettings, folder: Path, base_seed: int) -> "optun
     metric = study.user_attrs.get("metric", settings.metric)
     if (metric, study.direction.name.lower()) != (settings.metric, settings.direction):
         raise ValueError(
-            f"{file}: is a search for {study.direction.name.lower()[:-2]}um {metric}; choose "
-            "another folder with output=FOLDER"
+            f"{file}: is a search to {study.direction.name.lower()} {metric}; choose another "
+            "folder with output=FOLDER"
         )
     study.set_user_attr("metric", settings.metric)
     for trial in study.get_trials(False, states=(TrialState.RUNNING,)):

@@ -119,8 +119,8 @@ def plan_grid(request: Request) -> tuple[Path, list[Job]]:
         if isinstance(axis, Interval):
             raise ConfigError(f"{axis.key}: interval is for a search; add --sampler tpe --trials N")
     all_values = list(grid.combinations(values_axes))
-    jobs = grid.make_jobs(request.config, plain, all_values)
-    return _place(request, plain, all_values[0]).folder, jobs
+    place = grid.sweep_place(request.config, plain)
+    return place.folder, grid.make_jobs(request.config, plain, all_values, place)
 
 
 def queue_grid(request: Request, folder: Path, jobs: Sequence[Job]) -> str:
@@ -164,9 +164,8 @@ def run_search(request: Request) -> tuple[int, list[str], Path]:
     settings = SearchSettings(**request.search)
     plain, axes = _split_request(request)
     space = split_space(axes)
-    corners = list(corner_values(space))
-    place = _place(request, plain, corners[0])
-    checked_jobs = grid.make_jobs(request.config, plain, corners, place)
+    place = grid.sweep_place(request.config, plain)
+    checked_jobs = grid.make_jobs(request.config, plain, list(corner_values(space)), place)
     place.folder.mkdir(parents=True, exist_ok=True)
     with hold_lock(place.folder):
         search = Search(settings, space, request.config, plain, place)
@@ -190,12 +189,6 @@ def _split_request(request: Request) -> tuple[list[str], list[Axis | Interval]]:
             f"{request.config}: a sweep needs a key with several values, such as train.lr=0.01,0.1"
         )
     return plain, axes
-
-
-def _place(request: Request, plain: Sequence[str], values: Mapping[str, str]) -> grid.Place:
-    """Return where the runs lie, by one of them."""
-    overrides = [*plain, *(f"{key}={value}" for key, value in values.items())]
-    return grid.sweep_place(request.config, overrides)
 
 
 def _carry_out(
