@@ -2,20 +2,26 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from folders import write_run
 from runs import TINY, command_line, process_environment, wait_until
 
 import fedlora_mpi
 from fedlora_mpi.config import ConfigError
+from fedlora_mpi.experiment.processes import plan_slots
+from fedlora_mpi.store.lock import hold_lock
 from fedlora_mpi.store.sweep_folder import read_description
 from fedlora_mpi.sweeps import grid
 from fedlora_mpi.sweeps.axes import Axis, Interval, parse_axis, split_items, split_overrides
+from fedlora_mpi.sweeps.carry_out import end_state
 from fedlora_mpi.sweeps.sweep import SweepError
+from fedlora_mpi.sweeps.view import LiveView, View
 
 # --- axes
 
@@ -160,6 +166,7 @@ def test_every_wrong_combination_is_told_before_any_run_starts(call, tmp_path):
     [
         (["seed=1"], "a sweep needs a key with several values, such as train.lr=0.01,0.1"),
         (["train.lr=interval(0,1)"], "train.lr: interval is for a search; add --sampler"),
+        (["seed=range(200)", "rounds=range(1,101)"], "20000 runs; a sweep has at most 10000"),
         (["seed=1,2", "--jobs", "0"], "--jobs = 0: must be an integer of at least 1"),
         (["seed=1,2", "--ranks", "0"], "--ranks = 0: must be an integer of at least 1"),
     ],
@@ -294,3 +301,60 @@ def test_ctrl_c_ends_the_runs_after_their_round_and_the_same_command_goes_on(tmp
     assert "stopped after round" in (tmp_path / "s/seed=1.log").read_text()
     assert not (tmp_path / "s/seed=2").exists()
     assert os.listdir(tmp_path / "s/seed=1/checkpoints")
+
+
+# --- what is shown
+
+
+def job_at(folder, seed):
+    values = {"seed": str(seed)}
+    place = grid.Place(folder, names_runs=False)
+    return grid.make_job(str(TINY), [], values, place)
+
+
+def test_the_table_shows_what_runs_and_what_has_failed_before_the_rest(tmp_path, capsys):
+    pytest.importorskip("rich")
+    jobs = [job_at(tmp_path / "s", seed) for seed in range(40)]
+    write_run(jobs[38].folder, [0.5, 0.5, 0.5], rounds=4)
+    with LiveView("s", {job.name: "waiting" for job in jobs}, lambda: 40) as view:
+        view.begin(jobs[38])
+        view.refresh([jobs[38]])
+        view.end(jobs[39], "failed", 1.0)
+    out = capsys.readouterr().out
+    assert "s: 38 waiting, 1 running, 1 failed" in out
+    assert re.search(r"seed=38 +running +1/4 +50.00% +2 s", out)
+    assert re.search(r"seed=39 +failed", out) and "seed=0" in out and "seed=37" not in out
+
+
+def test_a_view_counts_the_runs_of_a_search_that_are_not_known_yet(tmp_path, capsys):
+    view = View("s", {}, lambda: 5)
+    view.begin(job := job_at(tmp_path / "s", 1))
+    view.end(job, "pruned", 2.0)
+    assert view.counts() == "1 pruned, 4 waiting"
+    assert capsys.readouterr().err == "[1/5] seed=1: pruned after 2 s, round 0/4\n"
+
+
+@pytest.mark.parametrize(
+    "code, state", [(0, "done"), (75, "stopped"), (-10, "stopped"), (138, "stopped"), (1, "failed")]
+)
+def test_the_exit_code_of_a_run_says_how_it_ended(code, state):
+    assert end_state(code) == state
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(call, in_process, tmp_path):
+    ask = ("sweep", TINY, "seed=1,2", "output=s")
+    call(*ask, "rounds=1")
+    with hold_lock(tmp_path / "s/seed=1"):
+        code, out, err = call(*ask, "rounds=2")
+    assert (code, out) == (75, "s: 1 elsewhere, 1 done\n") and len(in_process) == 3
+    assert "s: not done; to go on, give the same command again" in err
+
+
+def test_as_many_runs_at_a_time_as_the_cores_have_room_for(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert plan_slots(None, ranks=3, threads=2).number == 2
+    assert plan_slots(5, ranks=3, threads=2).number == 5
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert plan_slots(None, ranks=1, threads=2) == (2, ["0", "1"])

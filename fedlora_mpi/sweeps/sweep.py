@@ -1,5 +1,6 @@
 """``fedlora-mpi sweep`` and ``fedlora_mpi.sweep``."""
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from .carry_out import GO_ON, Grid, Source, carry_out, first_state
 from .grid import Job, WrongJobs
 from .search import Search, SearchSettings, corner_values, split_space
 from .view import View, make_view
+
+
+_MAX_RUNS = 10_000
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,9 @@ def plan_grid(request: Request) -> tuple[Path, list[Job]]:
     for axis in axes:
         if isinstance(axis, Interval):
             raise ConfigError(f"{axis.key}: interval is for a search; add --sampler tpe --trials N")
+    number = math.prod(len(axis.values) for axis in values_axes)
+    if number > _MAX_RUNS:
+        raise ConfigError(f"{request.config}: {number} runs; a sweep has at most {_MAX_RUNS}")
     all_values = list(grid.combinations(values_axes))
     place = grid.sweep_place(request.config, plain)
     return place.folder, grid.make_jobs(request.config, plain, all_values, place)
