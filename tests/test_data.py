@@ -502,6 +502,62 @@ def test_shift_rotate_needs_square_images():
         feed(data(height=4), "rotate")
 
 
+def numbers(*shape):
+    sides = [Samples(torch.randn(m, *shape, generator=rng(1, m)), torch.arange(m) % 6) for m in (40, 35)]  # fmt: skip
+    return Data(*sides, 6, (0.5,), (0.2,), ())
+
+
+def batches(f):
+    return f.epoch([0, 3], 1, 0).batch(2, 0, 2).x, f.test_batch([0, 3], 0, 2).x
+
+
+@pytest.mark.parametrize("of", [data(), numbers(7), numbers(3, 7)], ids=["images", "7", "3x7"])
+def test_shift_permute_reorders_the_numbers_of_all_clients_alike(of):
+    plain, shifted = (batches(feed(of, shift)) for shift in ("none", "permute"))
+    # [rows, places]: pixels keep their channels, features of a sequence change places within a step
+    before, after = (
+        torch.cat([(v.flatten(3) if of.has_images else v).flatten(0, -2) for v in sides])
+        for sides in (plain, shifted)
+    )
+    order = (before[:, :, None] == after[:, None]).all(0).int().argmax(0)
+    assert torch.equal(before[:, order], after)
+    assert sorted(order.tolist()) == [*range(len(order))] != order.tolist()
+    other_seed = batches(feed(of, "permute", seed=2))
+    assert not torch.equal(other_seed[1], shifted[1])
+
+
+@pytest.mark.parametrize("of", [numbers(7), numbers(3, 7)], ids=["7", "3x7"])
+def test_shift_rotate_inputs_turns_all_vectors_by_one_orthogonal_matrix(of):
+    plain, shifted = (batches(feed(of, "rotate_inputs")) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(plain, shifted, strict=True))
+    plain = batches(feed(of))
+    a, b = (torch.cat([v.reshape(-1, 7) for v in sides]) for sides in (plain, shifted))
+    wide = numbers(7)._replace(
+        train=Samples(torch.eye(7).repeat(6, 1)[:40] * 0.2 + 0.5, torch.arange(40) % 6)
+    )
+    rotation = feed(wide, "rotate_inputs")._train.values[:7]  # row i: Q e_i
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(7), rtol=0, atol=1e-6)
+    torch.testing.assert_close(a @ rotation, b, rtol=1e-5, atol=1e-5)
+    assert (a - b).abs().max() > 1
+
+
+def test_shifts_of_inputs_refuse_what_they_cannot_change():
+    with pytest.raises(
+        ValueError, match="^data.shift = rotate_inputs: needs feature vectors, these are images"
+    ):
+        feed(data(), "rotate_inputs")
+    texts = numbers(7)._replace(
+        train=Samples(torch.ones(40, 7, dtype=torch.int32), torch.zeros(40, dtype=torch.int64)),
+        token_settings=(9, 0),
+    )
+    with pytest.raises(
+        ValueError, match="^data.shift = permute: needs numbers or images, these are texts"
+    ):
+        feed(texts, "permute")
+    with pytest.raises(ValueError, match="^data.shift = permute: leaves nothing to augment"):
+        feed(data(augment=("flip",)), "permute", augment=True)
+
+
 def test_shift_labels_moves_a_clients_classes():
     plain, shifted = feed(), feed(shift="labels")
     a, b = (f.test_batch(range(5), 0, 2) for f in (plain, shifted))

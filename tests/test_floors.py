@@ -32,6 +32,7 @@ HOME = {
     "mpi4py": "mpi",
     "h5py": "store",
     "yaml": "config",
+    "pyarrow": "data",
     "tokenizers": "data",
     "transformers": "models",
     "safetensors": "models",

@@ -1,5 +1,6 @@
 """A user's own arrays as a data set: from a function, an npz file, or CSV files of numbers."""
 
+import json
 import sys
 
 import numpy as np
@@ -8,12 +9,12 @@ import torch
 from runs import build_tiny, run_rounds
 
 from fedlora_mpi import config as configs
-from fedlora_mpi.data.csv_numbers import Table
 from fedlora_mpi.data.datasets import Source, load
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.own import OwnData
 from fedlora_mpi.data.own_checks import check
 from fedlora_mpi.data.partition import GivenSplit
+from fedlora_mpi.data.tables import Table
 from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.store.reader import RunFiles
 
@@ -163,11 +164,126 @@ def test_an_npz_file_holds_the_same_as_a_dict(tmp_path):
 def test_tables_of_numbers_have_labels_and_clients(tmp_path):
     (tmp_path / "train.csv").write_text("who,a,kind,b\nx,1,red,2.5\ny,3,blue,-1e2\n")
     (tmp_path / "test.csv").write_text("kind,b,who,a\nblue,1,x,0\nred,7,y,8\n")
-    source = Source("csv_numbers", root=str(tmp_path), table=Table(label="kind", client="who"))
+    source = Source("table", root=str(tmp_path), table=Table(label="kind", client="who"))
     data = load(source)
     assert data.train.x.tolist() == [[1, 2.5], [3, -100]] and data.test.x.tolist()[1] == [8, 7]
     assert data.class_names == ("blue", "red") and data.train.y.tolist() == [1, 0]
     assert [side.tolist() for side in data.owners] == [[0, 1], [0, 1]]
+
+
+PARQUET = Table("train.parquet", "test.parquet", "kind", "who")
+
+
+def write_parquet(path, **columns):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    parquet.write_table(pyarrow.table(columns), path)
+
+
+def test_a_parquet_file_holds_the_same_as_a_csv_file(tmp_path):
+    (tmp_path / "train.csv").write_text("who,a,kind,b\n7,1,red,2.5\n9,3,blue,-1e2\n")
+    (tmp_path / "test.csv").write_text("kind,b,who,a\nblue,1,7,0\nred,7,9,8\n")
+    write_parquet(tmp_path / "train.parquet", who=[7, 9], a=[1, 3], kind=["red", "blue "],
+                  b=[2.5, -1e2])  # fmt: skip
+    write_parquet(tmp_path / "test.parquet", kind=["blue", "red"], b=[1, 7], who=[7, 9], a=[0, 8])
+    csv, parquet = (
+        load(Source("table", root=str(tmp_path), table=table))
+        for table in (Table(label="kind", client="who"), PARQUET)
+    )
+    assert torch.equal(csv.train.x, parquet.train.x) and torch.equal(csv.test.x, parquet.test.x)
+    assert csv.class_names == parquet.class_names and csv.train.y.tolist() == [1, 0]
+    assert [side.tolist() for side in csv.owners] == [side.tolist() for side in parquet.owners]
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"a": [1.0, None]}, "table.train = train.parquet: row 2: column a is empty or not finite"),
+        ({"a": [1e300, 1.0]}, "row 1: column a is empty or not finite in float32"),
+        ({"a": ["x", "y"]}, "column a holds no numbers but string"),
+        ({"kind": ["red", " "]}, "row 2: has no kind; give it one, or remove the row"),
+        ({"kind": [0.5, 1.0]}, "row 1: 0.5 in column kind must be a text or an integer"),
+        ({"who": [1, None]}, "row 2: has no who; give it one, or remove the row"),
+    ],
+)
+def test_a_cell_of_a_parquet_file_that_does_not_fit_is_named(tmp_path, columns, message):
+    good = {"a": [1.0, 2.0], "kind": ["red", "blue"], "who": [0, 1]}
+    write_parquet(tmp_path / "train.parquet", **(good | columns))
+    write_parquet(tmp_path / "test.parquet", **good)
+    with pytest.raises(ValueError) as error:
+        load(Source("table", root=str(tmp_path), table=PARQUET))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 no table PAR1", None])
+def test_what_is_no_parquet_file_is_one_line(tmp_path, content):
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    if content is not None:
+        (tmp_path / "train.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"table.train = train.parquet: cannot be read in .*\("):
+        load(Source("table", root=str(tmp_path), table=PARQUET))
+
+
+def write_leaf(root, side, users, name="all_data_0.json"):
+    """Each user has samples of 784 numbers: (label, first number)."""
+    data = {
+        user: {"x": [[first] + [0.5] * 783 for _, first in rows], "y": [label for label, _ in rows]}
+        for user, rows in users.items()
+    }
+    (root / side).mkdir(exist_ok=True)
+    (root / side / name).write_text(json.dumps({"users": [*users], "user_data": data}))
+
+
+def test_a_folder_of_leaf_holds_users_as_clients(tmp_path):
+    write_leaf(tmp_path, "train", {"f2": [(0, 0.25), (1, 1)]}, "all_data_1.json")
+    write_leaf(tmp_path, "train", {"f1": [(2, 0.75)]})
+    write_leaf(tmp_path, "test", {"f1": [(1, 0)], "f2": [(0, 0)]})
+    data = load(Source("leaf", root=str(tmp_path)))
+    assert data.train.x.shape == (3, 1, 28, 28)
+    assert data.train.x[:, 0, 0, 0].tolist() == [0.75, 0.25, 1]
+    assert data.train.y.tolist() == [2, 0, 1] and data.classes == 3
+    assert [side.tolist() for side in data.owners] == [[0, 1, 1], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    "train, message",
+    [
+        (
+            {"f1": [(0, 1)], "f3": [(0, 1)]},
+            "1 users (first: f3) are in only one of train/ and test/",
+        ),
+        ({"f1": [(0, "a")]}, "train/: x must be rows of equally many numbers"),
+        (None, "there is no file train/*.json; give the folder data/ of a data set of LEAF"),
+    ],
+)
+def test_what_is_not_of_leaf_is_named(tmp_path, train, message):
+    write_leaf(tmp_path, "test", {"f1": [(0, 1)]})
+    if train:
+        write_leaf(tmp_path, "train", train)
+    with pytest.raises(ValueError) as error:
+        load(Source("leaf", root=str(tmp_path)))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is no file of LEAF (JSONDecodeError"),
+        ("[]", "is no file of LEAF (TypeError"),
+        ('{"users": ["a"], "user_data": {}}', "is no file of LEAF (KeyError: 'a')"),
+        (
+            '{"users": ["a"], "user_data": {"a": {"x": [[1]], "y": []}}}',
+            "has 1 inputs and 0 labels",
+        ),
+    ],
+)
+def test_a_file_that_is_not_of_leaf_is_named(tmp_path, content, message):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/a.json").write_text(content)
+    with pytest.raises(ValueError) as error:
+        load(Source("leaf", root=str(tmp_path)))
+    assert f"data.root = {tmp_path}: train/a.json: " in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +446,7 @@ def test_a_row_that_does_not_fit_is_named(tmp_path, rows, message):
     (tmp_path / "train.csv").write_text(rows)
     (tmp_path / "test.csv").write_text("a,b,label\n1,2,0\n")
     with pytest.raises(ValueError) as error:
-        load(Source("csv_numbers", root=str(tmp_path)))
+        load(Source("table", root=str(tmp_path)))
     assert message in str(error.value)
 
 
@@ -339,7 +455,7 @@ def test_a_row_that_does_not_fit_is_named(tmp_path, rows, message):
     [
         ({"dataset": "npz"}, "path = null: dataset = npz needs the path of an npz file"),
         ({"dataset": "mnist", "path": "a"}, "path = a: only dataset = npz has a path"),
-        ({"dataset": "mnist", "table": Table(label="y")}, "table: only dataset = csv_numbers has"),
+        ({"dataset": "mnist", "table": Table(label="y")}, "table: only dataset = table has"),
     ],
 )
 def test_a_key_of_another_data_set_is_refused(settings, message):
@@ -373,7 +489,5 @@ def test_a_block_is_no_data_set(tmp_path):
 def test_a_name_that_is_no_data_set_is_refused_with_the_nearest(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("data: {dataset: mnits, partition: iid}\nmodel: cnn\nalgorithm: fedavg\n")
-    with pytest.raises(
-        configs.ConfigError, match="csv_numbers or <module>:<function>. Did you mean"
-    ):
+    with pytest.raises(configs.ConfigError, match="table or <module>:<function>. Did you mean"):
         configs.read(path)

@@ -27,7 +27,7 @@ from fedlora_mpi.experiment.parts import load_data
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models import zoo
 
-PLACES = ("matrix", "conv", "side")
+PLACES = ("matrix", "conv", "side", "alone")
 NETS = (thorough_param("cnn"), "bn_net", thorough_param("noisy_net"))
 every_place = pytest.mark.parametrize("place", PLACES)
 PATHS = pytest.mark.parametrize("stacked", [False, True], ids=["loop", "stack"])
@@ -88,7 +88,7 @@ def test_without_mu_and_adapter_epochs_its_rounds_are_those_of_local():
         )
 
 
-@every_place
+@pytest.mark.parametrize("place", ["matrix", "conv", "side"])
 @pytest.mark.parametrize("network", ["cnn", thorough_param("bn_net")])
 def test_an_adapter_that_never_trains_makes_both_losses_one_whatever_mu(place, network):
     ends = []
@@ -176,7 +176,8 @@ def large(name, classes):
 
 @pytest.mark.parametrize("classes", [10, 100])
 @pytest.mark.parametrize("place, numbers", [("matrix", lambda c: 8 * (500 + c)), ("conv", lambda c: 75 * 8 + 16 * 8),
-                                            ("side", lambda c: 8 * 3072 + 500 * 8)])  # fmt: skip
+                                            ("side", lambda c: 8 * 3072 + 500 * 8),
+                                            ("alone", lambda c: 8 * (500 + c))])  # fmt: skip
 def test_all_five_networks_send_an_adapter_of_one_shape(place, numbers, classes):
     algorithm, shapes = PFedLoRA(adapter=place), []
     for name in ("cnn1", "cnn2", "cnn3", "cnn4", "cnn5"):
@@ -196,6 +197,7 @@ def test_a_round_counts_the_adapter_up_and_down_for_every_client_of_the_cohort()
         ("matrix", 3 * (8 + 4)),
         ("conv", 9 * 3 + 4 * 3),
         ("side", 64 * 3 + 8 * 3),
+        ("alone", 3 * (8 + 4)),
     ):
         how = f"algorithm={{name: pfedlora, adapter: {name}, lora_rank: 3}}"
         for moment in run_rounds(how, "rounds=1")[0][1:]:
@@ -244,8 +246,8 @@ def test_the_adapter_stays_within_what_was_sent(participation):
 
 
 def plain(place, model, w, theta, data, scale=1.0):
-    """Logits of the network with the adapter, written with torch.nn.functional alone (the small
-    cnn).
+    """Logits of the network with the adapter, or of the adapter alone, written with
+    torch.nn.functional only (the small cnn).
     """
     A, B, x = theta["A"], theta["B"], data.x
     y = F.conv2d(x, w["0.weight"], w["0.bias"], padding=1)
@@ -256,8 +258,15 @@ def plain(place, model, w, theta, data, scale=1.0):
     z = F.relu(F.linear(y.flatten(1), w["7.weight"], w["7.bias"]))
     if place == "side":
         z = z + scale * F.linear(F.linear(x.flatten(1), A), B)
+    if place == "alone":
+        return scale * F.linear(F.linear(z, A), B)
     logits = F.linear(z, w["9.weight"], w["9.bias"])
     return logits + scale * F.linear(F.linear(z, A), B) if place == "matrix" else logits
+
+
+def plain_network(model, w, data):
+    """Logits of the small cnn without an adapter."""
+    return plain("nowhere", model, w, {"A": None, "B": None}, data)
 
 
 @pytest.mark.parametrize("mu_on, share", [("combined", 0.3), ("model", 0.7)])
@@ -270,18 +279,18 @@ def test_losses_and_gradients_of_both_phases_are_those_of_plain_torch(place, mu_
     leaves = {n: t.detach().clone().requires_grad_() for n, t in (v.shared | v.personal).items()}
     now = Variables({n: leaves[n] for n in v.shared}, {n: leaves[n] for n in v.personal})
     ours = [first(now, now, data), second(now, now, data)]
-    theta, nothing = (
-        select_prefix(leaves, ".adapter.."),
-        {n: torch.zeros_like(t) for n, t in select_prefix(leaves, ".adapter..").items()},
-    )
+    theta = select_prefix(leaves, ".adapter..")
     combined = F.cross_entropy(plain(place, model, leaves, theta, data, 0.7), data.y)
-    alone = F.cross_entropy(plain(place, model, leaves, nothing, data, 0.7), data.y)
-    theirs = [(1 - share) * alone + share * combined, combined]
-    assert abs(alone - combined) > 1e-3
+    network = F.cross_entropy(plain_network(model, leaves, data), data.y)
+    theirs = [(1 - share) * network + share * combined, combined]
+    assert abs(network - combined) > 1e-3
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
         grads = (
-            torch.autograd.grad(loss, list(leaves.values()), retain_graph=True) for loss in (a, b)
+            torch.autograd.grad(
+                loss, list(leaves.values()), retain_graph=True, materialize_grads=True
+            )
+            for loss in (a, b)
         )
         for n, mine, other in zip(leaves, *grads, strict=True):
             torch.testing.assert_close(
@@ -289,8 +298,9 @@ def test_losses_and_gradients_of_both_phases_are_those_of_plain_torch(place, mu_
             )
 
 
-def test_one_step_of_each_phase_is_a_step_of_plain_sgd():
-    algorithm = of("matrix", mu=0.4)
+@pytest.mark.parametrize("place", ["matrix", "alone"])
+def test_one_step_of_each_phase_is_a_step_of_plain_sgd(place):
+    algorithm = of(place, mu=0.4)
     made = small.make_trainer(
         algorithm, train=replace(small.TRAIN, epochs=1, batch_size=20, momentum=0.0)
     )
@@ -304,12 +314,12 @@ def test_one_step_of_each_phase_is_a_step_of_plain_sgd():
     theta = {
         n: t.clone().requires_grad_() for n, t in select_prefix(v.shared, ".adapter..").items()
     }
-    nothing = {n: torch.zeros_like(t) for n, t in theta.items()}
 
     def ce(w, theta, d):
-        return F.cross_entropy(plain("matrix", model, w, theta, d), d.y)
+        return F.cross_entropy(plain(place, model, w, theta, d), d.y)
 
-    loss = 0.6 * ce(w, nothing, data[0]) + 0.4 * ce(w, theta, data[0])
+    network = F.cross_entropy(plain_network(model, w, data[0]), data[0].y)
+    loss = 0.6 * network + 0.4 * ce(w, theta, data[0])
     w = {
         n: (t - 0.05 * g).detach()
         for (n, t), g in zip(w.items(), torch.autograd.grad(loss, list(w.values())), strict=True)
@@ -340,6 +350,31 @@ def test_an_adapter_folded_into_the_weights_is_the_adapter_beside_them(place, ne
     assert (folded - model(model.initial, x)).abs().max() > 1e-2
     z = model.features(model.initial, x)
     assert torch.equal(adapter.logits(model, model.initial, theta, x, z), beside)
+
+
+def test_an_adapter_alone_trains_as_a_classifier_of_still_features():
+    algorithm = of("alone", adapter_epochs=3)
+    made = small.make_trainer(algorithm, train=replace(small.TRAIN, momentum=0.0))
+    v = woken(small.initial_variables(made))
+    _, second = algorithm.local(made.model, made.settings, 0)
+    _, end = trained(replace(made, transport=Transport(OnePhase(second))), v)
+    theta = {n: t.clone() for n, t in select_prefix(v.shared, ".adapter..").items()}
+    for epoch in range(3):
+        for _, stacked in made.feed.epoch([0], 0, epoch).batches(
+            range(0, small.SIZES[0], small.TRAIN.batch_size)
+        ):
+            x, y = stacked.x[0], stacked.y[0]
+            theta = {n: t.detach().requires_grad_() for n, t in theta.items()}
+            z = made.model.features(v.personal, x)
+            loss = F.cross_entropy(F.linear(F.linear(z, theta["A"]), theta["B"]), y)
+            grads = torch.autograd.grad(loss, list(theta.values()))
+            theta = {
+                n: t - small.TRAIN.lr * g for (n, t), g in zip(theta.items(), grads, strict=True)
+            }
+    small.assert_near(
+        select_prefix(end.shared, ".adapter.."), {n: t.detach() for n, t in theta.items()}
+    )
+    assert not moved(v.personal, end.personal)
 
 
 def test_the_conv_adapter_is_a_convolution_of_r_channels_and_one_of_size_1():
@@ -403,10 +438,12 @@ def test_the_judged_model_is_the_network_with_or_without_the_adapter(place, infe
     made = small.make_trainer(algorithm)
     v, data = woken(small.initial_variables(made)), batch(made)
     theta = select_prefix(v.shared, ".adapter..")
-    nothing = {n: torch.zeros_like(t) for n, t in theta.items()}
-    expected = plain(
-        place, made.model, v.personal, theta if inference == "combined" else nothing, data, 0.8
-    )
+    if inference == "model":
+        expected = plain_network(made.model, v.personal, data)
+    elif place == "alone":  # the head and mu times the adapter
+        expected = plain("matrix", made.model, v.personal, theta, data, 0.8 * algorithm.mu)
+    else:
+        expected = plain(place, made.model, v.personal, theta, data, 0.8)
     torch.testing.assert_close(
         algorithm.logits(made.model.eval_mode(), v, data.x), expected, rtol=1e-4, atol=1e-5
     )
@@ -418,6 +455,7 @@ def test_the_judged_model_is_the_network_with_or_without_the_adapter(place, infe
         ("matrix", "combined"),
         thorough_param("conv", "combined"),
         ("side", "model"),
+        thorough_param("alone", "combined"),
         thorough_param("matrix", "model"),
     ],
 )
@@ -444,7 +482,7 @@ def test_a_clients_model_of_a_run_has_the_accuracy_after_aggregation(place, infe
     )
     name = build_tiny(how).federation.clients.types[0].trainer.model.head + ".weight"
     merged = not np.array_equal(run.client(0).weights[name], run.client(0).personal[name])
-    assert merged == (place == "matrix" and inference == "combined")
+    assert merged == (place in ("matrix", "alone") and inference == "combined")
 
 
 def test_a_side_adapter_judged_with_the_network_has_no_weights_of_its_own_and_says_so(tmp_path):
@@ -479,6 +517,7 @@ def test_the_loop_is_the_stack(place, network):
     [
         ({"mu": 1.5}, "mu = 1.5: must be"),
         ({"mu": -0.1}, "mu = -0.1: must be"),
+        ({"mu": 0.6, "adapter": "alone"}, "mu = 0.6: must be at most 0.5 with adapter = alone"),
         ({"mu_rounds": 0}, "mu_rounds = 0: must be"),
         ({"adapter_epochs": -1}, "adapter_epochs = -1: must be"),
         ({"lora_rank": 0}, "lora_rank = 0: must be"),
@@ -499,7 +538,7 @@ def test_a_network_without_a_place_for_the_adapter_is_refused(capsys):
     with pytest.raises(ValueError, match="^adapter = conv: needs a network with a convolution"):
         PFedLoRA(adapter="conv").check(model, small.TRAIN)
     model = zoo.build("small:conv_net", {}, 6, small.SHAPE, 1)
-    for place in ("matrix", "side"):
+    for place in ("matrix", "side", "alone"):
         with pytest.raises(
             ValueError, match=f"^adapter = {place}: needs a network with a Linear at its end"
         ):

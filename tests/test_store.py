@@ -177,7 +177,12 @@ def test_a_shard_record_survives_a_buffer(run):
 
 def edit_manifest(folder, **changes):
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    fields = json.loads(path.read_text()) | {"checksum": None}  # as in earlier versions
+    path.write_text(json.dumps(fields | changes))
+
+
+def replace_text(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
 
 
 DAMAGE = {
@@ -190,6 +195,9 @@ DAMAGE = {
         folder, files=[{"name": "../x", "size": 1, "digest": ""}]
     ),
     "missing or damaged": lambda folder: os.truncate(folder / "manifest.json", 30),
+    "manifest.json: checksum differs": lambda folder: replace_text(
+        folder / "manifest.json", "mine", "mime"
+    ),
     "folder of another": lambda folder: edit_manifest(folder, round=5),
 }
 

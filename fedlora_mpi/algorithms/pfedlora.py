@@ -13,16 +13,16 @@ has the same shape on all clients and sits beside one layer of F (F + theta; see
     theta   <- sum_k (n_k / n) theta_k
 
 The client's own model is F(x; w_k) (``inference: model``) or F + theta_k (``combined``), measured
-after local training.
+after local training. ``adapter: alone`` reads F + theta as theta, a small classifier of F's last
+features; the combined model is then F + mu theta, with mu <= 0.5.
 
 BatchNorm: all of it is the client's own. Statistics move only with F(x; w_k), in the first phase.
-Bytes per client and round: the adapter up, the adapter down: 4 r (d + classes) beside a head
-[classes, d]. Deviations: only the paper's abstract and summaries of the paper were available, not
+Bytes per client and round: the adapter up and down, 4 r (d + classes) beside a head [classes, d].
+Deviations: only the paper's abstract and summaries of the paper were available, not
 its full text. UNVERIFIED, and therefore options: which loss mu weighs (``mu_on``), the schedule of
-mu, adapter_epochs, the model for inference, the layer with the adapter. The released code of later
-papers by the authors (pFedES) has mu 0.5 on the combined loss, adapter_epochs = epochs + 10 and
-inference by the model. n_k counts training samples; that code also counts validation and test
-samples, and it keeps one optimiser's momentum for all clients and rounds.
+mu, adapter_epochs, the model for inference, the place of the adapter. The released code of later
+papers by the authors (pFedES) has mu 0.5 on the combined loss, adapter_epochs = epochs + 10,
+inference by the model, n_k with validation and test samples, and one momentum for all.
 """
 
 from dataclasses import dataclass
@@ -60,10 +60,11 @@ class PFedLoRA(Algorithm):
     def __post_init__(self) -> None:
         bounded(self, mu="[0, 1]", mu_rounds="[1, inf)", adapter_epochs="[0, inf)")
         Adapter(self.adapter, self.lora_rank, self.scale)
+        if self.adapter == "alone" and self.mu > 0.5:
+            raise ValueError(f"mu = {self.mu}: must be at most 0.5 with adapter = alone")
 
     @property
     def adapter_spec(self) -> Adapter:
-        """The adapter's place and shape."""
         return Adapter(self.adapter, self.lora_rank, self.scale)
 
     def check(self, model: Model, train: LocalTraining) -> None:
@@ -80,8 +81,8 @@ class PFedLoRA(Algorithm):
         def model_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             w, z = now.personal, self.adapter_spec.features(model, now.personal, batch.x)
             model_logits = model(w, batch.x) if z is None else model.classify(w, z)
-            fit = (1 - mu) * cross_entropy(model_logits, batch)
-            return fit + mu * combined_loss(now, start, batch, z)
+            fit = cross_entropy(model_logits, batch)
+            return (1 - mu) * fit + mu * combined_loss(now, start, batch, z)
 
         def combined_loss(
             now: Variables, start: Variables, batch: Batch, z: Tensor | None = None
@@ -98,11 +99,11 @@ class PFedLoRA(Algorithm):
         if self.inference == "model":
             return v.personal
         if self.adapter == "side":
-            raise ValueError(
-                "adapter = side: with inference = combined the judged model is the network and the "
-                "adapter beside it; no weights of the network alone are that model"
-            )
-        return self.adapter_spec.merge(model, v.personal, select_prefix(v.shared, _ADAPTER))
+            raise ValueError("adapter = side: no weights of the network are the combined model")
+        theta = select_prefix(v.shared, _ADAPTER)
+        if self.adapter == "alone":
+            theta["B"] = self.mu * theta["B"]
+        return self.adapter_spec.merge(model, v.personal, theta)
 
     def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
         if self.inference == "combined" and self.adapter == "side":

@@ -4,13 +4,15 @@
           A [r, d], B [classes, r]
   conv    beside the first convolution, W [O, I, K1, K2] (or of one or three kernel sides):
           a convolution A [r, I, K1, K2] with r channels, then a 1x1 convolution B [O, r]
+  alone   s B (A z) without the head: a low-rank classifier of the head's features z
   side    a network of its own from the input x to the features z of the head:
           z + s B (A x), A [r, numbers of x], B [d, r]
 
-``matrix`` and ``conv`` are linear, so each equals adding s B A to W.
+``matrix`` and ``conv`` are linear, so each equals adding s B A to W. Adding it to W makes the
+sum of the head and an adapter that stands ``alone``.
 
 A ~ U(-1, 1) / sqrt(inputs), as in torch's Linear (Kaiming with a = sqrt 5), and B = 0: an adapter
-changes nothing before it has trained.
+adds nothing before it has trained.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from ..core.bounds import bounded
 from ..core.tree import Tree
 from ..models.network import Model
 
-AdapterPlace = Literal["matrix", "conv", "side"]
+AdapterPlace = Literal["matrix", "conv", "side", "alone"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,9 @@ class Adapter:
     def logits(
         self, model: Model, tree: Tree, adapter: Tree, x: Tensor, z: Tensor | None = None
     ) -> Tensor:
-        """Return the logits of the network with the adapter: [B, ...] -> [B, classes].
+        """Return the logits of the network with the adapter, or of the adapter ``alone``.
+
+        [B, ...] -> [B, classes].
 
         z: ``features`` of x, if they are known.
         """
@@ -96,8 +100,9 @@ class Adapter:
             return model(self.merge(model, tree, adapter), x)
         z = model.features(tree, x) if z is None else z
         adapter = {n: v.to(z.dtype) for n, v in adapter.items()}
-        if self.place == "matrix":
-            return model.classify(tree, z) + self.scale * (z @ adapter["A"].T) @ adapter["B"].T
+        if self.place in ("matrix", "alone"):
+            low_rank = self.scale * (z @ adapter["A"].T) @ adapter["B"].T
+            return low_rank if self.place == "alone" else model.classify(tree, z) + low_rank
         return model.classify(
             tree, z + self.scale * (x.flatten(1).to(z.dtype) @ adapter["A"].T) @ adapter["B"].T
         )

@@ -22,9 +22,9 @@ import yaml
 from .. import algorithms
 from ..algorithm import Algorithm, dataclass_mistake
 from ..core.escapes import safe_file_name
-from ..data.csv_numbers import Table
 from ..data.datasets import DATASETS, Source
 from ..data.partition import PARTITIONS, Partition
+from ..data.tables import Table
 from ..models import zoo
 from ..privacy.settings import Privacy
 from ..store.files import text_checksum

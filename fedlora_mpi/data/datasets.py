@@ -19,11 +19,12 @@ from ..core.paths import check_path, expand_home
 from ..core.seeds import rng
 from ..core.vision import import_torchvision
 from . import own, pfllib
-from .csv_numbers import Table, read_tables
 from .csv_texts import read_ag_news, read_csv
 from .folders import read_folder, read_tiny_imagenet
+from .leaf import read_leaf
 from .own_checks import check
 from .samples import LabelledTexts, RawData, Samples, to_samples
+from .tables import Table, read_tables
 from .texts import Text, Vocabulary
 
 
@@ -101,12 +102,13 @@ class Source:
 
     dataset: str  # a name in DATASETS, or module:function
     # Folder in which torchvision puts its folders. "folder": the folder with train/ and val/ or
-    # test/. "csv", "csv_numbers": the folder of the files. "pfllib": a folder dataset/NAME of
-    # PFLlib. A function of the user gets it if it has a parameter ``root``.
+    # test/. "csv", "table": the folder of the files. "pfllib": a folder dataset/NAME of
+    # PFLlib; "leaf": the folder data/ of a data set of LEAF. A function of the user gets it if it
+    # has a parameter ``root``.
     root: str = "~/data"
     download: bool = False
-    # how the data of clients differ, see ``feed.Feed``
-    shift: Literal["none", "rotate", "labels"] = "none"
+    # how the data of clients differ, or those of all from what a backbone saw; see ``feed.Feed``
+    shift: Literal["none", "rotate", "labels", "permute", "rotate_inputs"] = "none"
     # auto: the official training transforms of the data set
     augment: Literal["auto", "none"] | tuple[Transform, ...] = "auto"
     image_size: int | None = None  # "folder" only: side in pixels to which images are resized
@@ -114,7 +116,7 @@ class Source:
     text: Text = Text()  # "ag_news" and "csv" only
     allow_pickle: bool = False  # "pfllib" only: its files are pickles
     path: str | None = None  # "npz" only: the file
-    table: Table = Table()  # "csv_numbers" only
+    table: Table = Table()  # "table" only: the columns of its files
 
     def __post_init__(self) -> None:
         check_path("root", self.root)
@@ -122,8 +124,8 @@ class Source:
             raise ValueError("path = null: dataset = npz needs the path of an npz file; give it")
         if self.path is not None and self.dataset != "npz":
             raise ValueError(f"path = {self.path}: only dataset = npz has a path; leave it out")
-        if self.table != Table() and self.dataset != "csv_numbers":
-            raise ValueError("table: only dataset = csv_numbers has this block; leave it out")
+        if self.table != Table() and self.dataset != "table":
+            raise ValueError("table: only dataset = table has this block; leave it out")
         if self.path is not None:
             check_path("path", self.path)
         transforms = self.augment if isinstance(self.augment, tuple) else ()
@@ -174,8 +176,9 @@ DATASETS = (
     "ag_news",
     "csv",
     "pfllib",
+    "leaf",
     "npz",
-    "csv_numbers",
+    "table",
 )
 
 
@@ -428,7 +431,8 @@ _TEXT_READERS: dict[str, Callable[[Source], RawData]] = {
 }
 _OWN_READERS: dict[str, Callable[[Source], own.OwnData]] = {
     "npz": lambda source: own.read_npz(str(source.path)),
-    "csv_numbers": lambda source: read_tables(str(expand_home(source.root)), source.table),
+    "leaf": lambda source: read_leaf(source.root),
+    "table": lambda source: read_tables(str(expand_home(source.root)), source.table),
 }
 _READERS: dict[str, Callable[[Source], RawData]] = {
     "cifar10": _torchvision_reader("CIFAR10", "cifar-10-batches-py"),

@@ -19,13 +19,15 @@ from ..algorithm import Batch, held_out_count
 from ..core.seeds import derive_key, rng
 from ..core.transfer import to_device
 from .datasets import Data
-from .inputs import Store, build_store
+from .inputs import AnyStore, Store, build_store, permute_inputs, rotate_inputs
 from .partition import Split
+from .samples import Samples
 from .transforms import draw_parameters
 
 T = TypeVar("T", int, Tensor)
 # Small batches are gathered together up to this many numbers, which fit into the cache of a core.
 _GATHER_NUMEL = 2**17
+COMMON_SHIFTS = {"permute": permute_inputs, "rotate_inputs": rotate_inputs}
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +153,8 @@ class Feed:
 
     ``shift`` gives clients different domains, in training and in test: "rotate" turns the images of
     client k by (k mod 4) * 90 degrees counter-clockwise, "labels" turns its class y into the class
-    (y + k mod 4) mod classes. ``on_batch`` is called for every batch.
+    (y + k mod 4) mod classes. "permute" and "rotate_inputs" change the inputs of all clients alike
+    (see ``inputs``). ``on_batch`` is called for every batch.
     """
 
     def __init__(
@@ -174,8 +177,10 @@ class Feed:
             )
         self._seed, self._shift, self._device, self._on_batch = seed, shift, device, on_batch
         self._augment = data.augment if augment else ()
+        if shift == "permute" and self._augment:
+            raise ValueError("data.shift = permute: leaves nothing to augment; set augment: none")
         self._train, self._test = (
-            build_store(data, side, device) for side in (data.train, data.test)
+            _build_shifted(data, side, device, shift, seed) for side in (data.train, data.test)
         )
         self._assign_split(split)
 
@@ -322,6 +327,19 @@ class Feed:
             counts=to_device(torch.stack([self._counts[k] for k in clients]), self._device),
             on_batch=self._on_batch,
         )
+
+
+def _build_shifted(
+    data: Data, samples: Samples, device: torch.device, shift: str, seed: int
+) -> AnyStore:
+    """Return ``samples`` on ``device``, changed by a ``shift`` that all clients have in common."""
+    store = build_store(data, samples, device)
+    if shift not in COMMON_SHIFTS:
+        return store
+    try:
+        return COMMON_SHIFTS[shift](store, rng(seed, shift))
+    except ValueError as error:
+        raise ValueError(f"data.shift = {error}") from error
 
 
 def _stack_padded(values: list[Tensor], device: torch.device) -> Tensor:

@@ -104,7 +104,10 @@ class Numbers(NamedTuple):
         return self.values[rows], self.labels[rows]
 
 
-def build_store(data: Data, samples: Samples, device: torch.device) -> Images | Texts | Numbers:
+AnyStore = Images | Texts | Numbers
+
+
+def build_store(data: Data, samples: Samples, device: torch.device) -> AnyStore:
     """Return ``samples``, a side of ``data``, on ``device``."""
     labels = samples.y.to(device)
     if data.tokens:
@@ -121,3 +124,35 @@ def build_store(data: Data, samples: Samples, device: torch.device) -> Images | 
     return Images(
         images, labels, *(torch.from_numpy(v).float().to(device) for v in (scale, offset))
     )
+
+
+def permute_inputs(store: AnyStore, rng: torch.Generator) -> Images | Numbers:
+    """Return ``store`` with the numbers of every sample in one other order.
+
+    Images: the pixels change places, with their channels; vectors and sequences: the features do.
+    Raises ValueError for texts.
+    """
+    if isinstance(store, Images):
+        pixels = store.images.flatten(1, 2)
+        order = torch.randperm(pixels.shape[1], generator=rng).to(pixels.device)
+        return store._replace(images=pixels[:, order].view_as(store.images))
+    if isinstance(store, Texts):
+        raise ValueError("permute: needs numbers or images, these are texts")
+    order = torch.randperm(store.values.shape[-1], generator=rng).to(store.values.device)
+    return store._replace(values=store.values[..., order])
+
+
+def rotate_inputs(store: AnyStore, rng: torch.Generator) -> Numbers:
+    """Return ``store`` with every vector x [F] turned to Q x, for a random orthogonal Q [F, F].
+
+    Sequences [L, F] are turned at every step. Q is uniform (Haar): the Q of a QR factorisation of
+    Gaussian numbers, with R's diagonal made positive. Raises ValueError for images and texts.
+    """
+    if not isinstance(store, Numbers):
+        kind = "images" if isinstance(store, Images) else "texts"
+        raise ValueError(f"rotate_inputs: needs feature vectors, these are {kind}")
+    width = store.values.shape[-1]
+    gaussian = torch.randn(width, width, dtype=torch.float64, generator=rng)
+    q, r = torch.linalg.qr(gaussian)
+    rotation = (q * r.diagonal().sign()).T.float().to(store.values.device)
+    return store._replace(values=store.values @ rotation)

@@ -4,6 +4,8 @@ A builder with a parameter ``tokens`` is for texts: inputs are [B, L] token ids 
 Its parameter ``padding`` receives the token id of padding; without this parameter it must be 0.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -53,6 +55,15 @@ def cnn(classes: int, shape: tuple[int, ...], *, width: int = 16, hidden: int = 
         nn.ReLU(),
         nn.Linear(hidden, classes),
     )
+
+
+def mlp(classes: int, shape: tuple[int, ...], *, hidden: int = 128, layers: int = 1) -> nn.Module:
+    """``layers`` Linears of ``hidden`` outputs with ReLU, then a Linear; for any input shape."""
+    if layers < 1:
+        raise ValueError(f"layers = {layers}: must be at least 1")
+    sizes = [math.prod(shape), *[hidden] * layers]
+    body = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *body, nn.Linear(hidden, classes))
 
 
 def transformer(
@@ -141,8 +152,9 @@ YI_CNNS = (
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     builder.__name__: builder
-    for builder in (resnet8, resnet10, cifar_resnet8, cnn, *YI_CNNS, transformer, hf)
+    for builder in (resnet8, resnet10, cifar_resnet8, cnn, *YI_CNNS, mlp, transformer, hf)
 }
+_ANY_NUMBERS = ("mlp",)  # the other networks of BUILDERS are for images or texts
 
 
 def build(
@@ -217,10 +229,11 @@ def _build_module(
             inputs = "images" if len(shape) == 3 else "numbers"
             kinds = ("images", "texts") if tokens else ("texts", inputs)
             raise ValueError("it is for {}, the data are {}".format(*kinds))
-        if not tokens and len(shape) != 3 and (name in BUILDERS or name.startswith("torchvision:")):
+        is_known = name in BUILDERS or name.startswith("torchvision:")
+        if not tokens and len(shape) != 3 and is_known and name not in _ANY_NUMBERS:
             raise ValueError(
-                f"it is for images, an input of the data has the shape {list(shape)}; name a "
-                "network of your own"
+                f"it is for images, an input of the data has the shape {list(shape)}; name "
+                f"{' or '.join(_ANY_NUMBERS)}, or a network of your own"
             )
         if tokens:
             arguments["tokens"] = tokens

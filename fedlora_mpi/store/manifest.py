@@ -1,12 +1,13 @@
 """``manifest.json``: its presence makes a folder a checkpoint.
 
-It lists size and checksum of every other file.
+It lists size and checksum of every other file, and has a checksum of itself.
 """
 
 import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +103,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Commit ``folder``: it becomes a checkpoint at the rename of ``manifest.json``."""
-        text = json.dumps({"format_version": files.FORMAT_VERSION, **asdict(self)}, indent=1)
+        fields = {"format_version": files.FORMAT_VERSION, **asdict(self)}
+        text = json.dumps({**fields, "checksum": _checksum(fields)}, indent=1)
         files.write_atomic(folder / NAME, text.encode(), run_folder_of(folder))
 
     @classmethod
@@ -136,6 +138,14 @@ class Manifest:
             )
         if folder.name != f"{manifest.round:06d}":
             raise StoreError(f"{path}: of round {manifest.round}, in the folder of another")
+        recorded = fields.pop("checksum", None)  # earlier versions wrote none
+        if recorded is not None and recorded != _checksum(fields):
+            raise StoreError(f"{path}: checksum differs, the file is damaged")
         if missing := {"server.h5", "log.h5", "personal.h5"} - {shard.name for shard in shards}:
             raise StoreError(f"{path}: does not list {min(missing)}")
         return manifest
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    """Return the checksum of a manifest's other fields."""
+    return files.text_checksum(json.dumps(fields, sort_keys=True))

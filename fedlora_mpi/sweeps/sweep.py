@@ -22,7 +22,6 @@ from .grid import Job, WrongJobs
 from .search import Search, SearchSettings, corner_values, split_space
 from .view import View, make_view
 
-
 _MAX_RUNS = 10_000
 
 
