@@ -16,7 +16,8 @@ extras = {
     "parquet": ["pyarrow>=17.0"],
     "weights": ["safetensors>=0.5"],
     "privacy": ["dp-accounting>=0.6,<0.7"],  # see privacy/accountant.py before another
-    "analysis": ["matplotlib>=3.8", "pandas>=2.1", "rich>=13.7"],
+    "analysis": ["matplotlib>=3.8", "pandas>=2.1", "rich>=13.7", "scipy>=1.11"],
+    "tune": ["optuna>=5.0"],
     "completion": ["argcomplete>=3.6"],  # of the command line in a shell
     "tensorboard": ["tensorboardX>=2.6"],
     "test": ["pytest>=8.0", "pytest-cov>=7.0", "pytest-xdist>=3.6", "hypothesis>=6.100"],

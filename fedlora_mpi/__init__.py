@@ -14,6 +14,7 @@ _HOME = {
     "resume": "api.training",
     "open_run": "analysis.run_view",
     "open_runs": "analysis.runs",
+    "sweep": "sweeps.sweep",
     **dict.fromkeys(
         (
             "Aggregate",

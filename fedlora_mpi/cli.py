@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   fedlora-mpi run configs/cifar10.yaml --ranks 5 faults.tolerate=true   outlives a dead worker
   fedlora-mpi resume runs/cifar10                             go on after Ctrl-C or a kill
   mpirun -n 5 fedlora-mpi resume runs/cifar10 rounds=400      for more rounds, on any number of ranks
+  fedlora-mpi sweep configs/cifar10.yaml train.lr=0.01,0.05 seed=1,2,3 --jobs 2   all six runs; again: those that are left
   fedlora-mpi config configs/cifar10.yaml train.lr=0.05       every setting and where it comes from
   fedlora-mpi plan configs/cifar10.yaml --ranks 5             what it would cost; trains nothing
   fedlora-mpi plan configs/cifar10.yaml --ranks 64 --gpus h200 --bandwidth 25e9   and on a cluster that is not here

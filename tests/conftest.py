@@ -4,7 +4,7 @@ that several files use.
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ import torch
 from runs import TINY
 
 from fedlora_mpi.cli import main
-from fedlora_mpi.reproduce import carry
+from fedlora_mpi.experiment import processes
 
 torch.set_num_threads(1)  # the engine's default; sums in another order have other last bits
 
@@ -74,19 +74,30 @@ def copied(trained, tmp_path) -> Callable[..., Path]:
     return copy
 
 
+@pytest.fixture
+def in_process(monkeypatch) -> list[list[str]]:
+    """The runs of a table or a sweep are carried out in this process; the list has their
+    arguments.
+    """
+    arguments: list[list[str]] = []
+
+    def start(task: processes.Task, *_: object) -> SimpleNamespace:
+        arguments.append(list(task.command[3:]))  # after "python -m fedlora_mpi"
+        with open(task.log, "a") as log, redirect_stdout(log), redirect_stderr(log):
+            code = main(arguments[-1])
+        return SimpleNamespace(poll=lambda: code)
+
+    monkeypatch.setattr(processes, "start_process", start)
+    return arguments
+
+
 @pytest.fixture(params=["here", pytest.param("apart", marks=pytest.mark.thorough)])
-def carried(request, monkeypatch) -> None:
+def carried(request) -> None:
     """The runs of ``reproduce`` are carried out in this process, and by ``make test-all`` each in
     its own, as it does.
     """
-
-    def start(task: carry.Task, more: Mapping[str, str]) -> SimpleNamespace:
-        with open(task.log, "a") as log, redirect_stdout(log), redirect_stderr(log):
-            code = main(list(task.command[3:]))  # after "python -m fedlora_mpi"
-        return SimpleNamespace(poll=lambda: code)
-
     if request.param == "here":
-        monkeypatch.setattr(carry, "_start_process", start)
+        request.getfixturevalue("in_process")
 
 
 @pytest.fixture

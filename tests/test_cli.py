@@ -32,6 +32,7 @@ COMMANDS = (
     "watch",
     "digest",
     "status",
+    "sweep",
 )
 
 

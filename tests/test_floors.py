@@ -23,7 +23,7 @@ FLOOR = {  # top-level file or folder -> floor; the package's own __init__ is it
     "resilience": 10,
     "experiment": 11,
     **dict.fromkeys(("analysis", "plan"), 12),
-    **dict.fromkeys(("api", "doctor", "reproduce"), 13),
+    **dict.fromkeys(("api", "doctor", "reproduce", "sweeps"), 13),
     "commands": 14,
     "cli": 15,
     "__main__": 16,

@@ -14,7 +14,8 @@ import numpy as np
 from ..core.escapes import escape_line
 from ..core.units import format_bytes
 from ..store.reader import RunFiles
-from .groups import run_labels
+from .groups import RunLog, group_runs, run_labels
+from .paired import compare_leaders, comparison_rows, winner_lines
 
 _HEADER = (
     "method",
@@ -53,6 +54,19 @@ def table(runs: Sequence[Path]) -> str:
     rows = [_HEADER, *(result.table_row() for result in results), *_seed_rows(results)]
     hints = [escape_line(f"{r.path}: {hint}") for r in results for hint in r.hints]
     return "\n".join([align_columns(rows, left=(0, len(_HEADER) - 1)), *hints])
+
+
+def comparison_text(runs: Sequence[Path]) -> str:
+    """Return the comparison of the best setting with every other one, and who wins, in lines.
+
+    "" if there is nothing to compare.
+    """
+    comparisons = compare_leaders(group_runs([RunLog.read(path) for path in runs]).groups)
+    if not comparisons:
+        return ""
+    title = "\nfinal accuracy in points, paired by seed and client:"
+    rows = align_columns(comparison_rows(comparisons), left=(0, 1))
+    return "\n".join([title, rows, *map(escape_line, winner_lines(comparisons))])
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:

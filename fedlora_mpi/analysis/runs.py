@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.paths import expand_home
+from ..store.sweep_folder import expand_sweeps, is_sweep
 from .groups import SEED_KEYS, RunGroups, RunLog, group_runs, short_key
 from .run_view import RunView, client_table, import_pandas
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 def open_runs(pattern: str | Path | Sequence[str | Path]) -> "Runs":
     """Return the runs in the folders that match a pattern (``runs/*``, ``runs/**``) or in a list.
 
-    Matches that are no run folders are skipped. Raises ValueError if a pattern matches no run
-    folder.
+    The folder of a sweep stands for its runs. Matches that are no run folders are skipped. Raises
+    ValueError if a pattern matches no run folder.
 
     >>> import fedlora_mpi
     >>> runs = fedlora_mpi.open_runs("runs/*")
@@ -34,14 +35,16 @@ def open_runs(pattern: str | Path | Sequence[str | Path]) -> "Runs":
     """
     if isinstance(pattern, str | Path):
         matches = sorted(glob(str(expand_home(pattern)), recursive=True))
-        paths = [Path(path) for path in matches if (Path(path) / "log.h5").is_file()]
+        folders = [Path(path) for path in matches]
+        folders = [path for path in folders if is_sweep(path) or (path / "log.h5").is_file()]
+        paths = list(dict.fromkeys(expand_sweeps(folders)))  # ** also matches the runs of a sweep
         paths = [path for path in paths if path.parent.name != "checkpoints"]
         if not paths:
             raise ValueError(
                 f"{pattern}: matches no run folder, one with a log.h5; give the `output` of runs"
             )
     else:
-        paths = [expand_home(path) for path in pattern]
+        paths = expand_sweeps([expand_home(path) for path in pattern])
     return Runs(paths)
 
 

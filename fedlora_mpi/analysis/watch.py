@@ -241,6 +241,17 @@ def _status_line(status: RunStatus) -> Line:
     return line
 
 
+def progress_texts(status: RunStatus) -> tuple[str, str, str]:
+    """Return the last round of all, the last accuracy ("" without one), and the time it took."""
+    accuracy = status.rounds.get("accuracy", np.zeros(0))
+    known = accuracy[np.isfinite(accuracy)]
+    return (
+        f"{status.round}/{status.config['rounds']}",
+        f"{known[-1]:.2%}" if len(known) else "",
+        format_seconds(status.elapsed),
+    )
+
+
 def _pace_line(status: RunStatus) -> Line:
     """Return the line with the training loss, the speed and the time left."""
     if not status.round:

@@ -15,6 +15,7 @@ from . import (
     run,
     status,
     submit,
+    sweep,
     watch,
 )
 from .command import Command
@@ -22,6 +23,7 @@ from .command import Command
 COMMANDS: dict[str, Command] = {
     "run": run.COMMAND,
     "resume": resume.COMMAND,
+    "sweep": sweep.COMMAND,
     "config": config.COMMAND,
     "plan": plan.COMMAND,
     "partition": partition.COMMAND,

@@ -28,15 +28,22 @@ def execute(args: argparse.Namespace, comm: "Comm") -> int:
 
 
 def _report_text(args: argparse.Namespace) -> str:
+    from ..store.sweep_folder import expand_sweeps, is_sweep
+
+    paths = expand_sweeps(args.runs)
+    compares = any(map(is_sweep, args.runs))
     if args.output:
         from ..analysis.page.write import write_report
         from ..core.escapes import escape_line
 
-        return escape_line(write_report(args.runs, args.output))
-    from ..analysis.report import table
+        return escape_line(write_report(paths, args.output, compares))
+    from ..analysis.report import comparison_text, table
 
-    return table(args.runs)
+    return f"{table(paths)}\n{comparison_text(paths)}".rstrip() if compares else table(paths)
 
 
-HELP = "The accuracy of runs as a table; with -o a page of figures and tables, self-contained."
+HELP = (
+    "The accuracy of runs, or of all runs of a sweep, as a table; with -o a page of figures and "
+    "tables, self-contained."
+)
 COMMAND = Command(HELP, add_arguments, execute, imports=False)

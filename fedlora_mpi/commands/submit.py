@@ -13,9 +13,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``submit``."""
     add_config_argument(parser)
     add_override_arguments(parser)
-    parser.add_argument("--nodes", type=int, help="default 1")
     ranks_help = "of the job (default: server and a worker per GPU; 9 on a node without)"
     parser.add_argument("--ranks", type=int, help=ranks_help)
+    add_slurm_arguments(parser)
+
+
+def add_slurm_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the arguments that say what a job requests from Slurm."""
+    parser.add_argument("--nodes", type=int, help="default 1")
     parser.add_argument("--gpus", type=int, metavar="G", help="per node (default 0)")
     parser.add_argument(
         "--time", metavar="HH:MM:SS", help="until it is queued again (default 12:00:00)"

@@ -160,7 +160,7 @@ class Config:
     """A whole experiment.
 
     participation: fraction of the clients per round; output: the run folder, in which ``read`` has
-    replaced {name} (stem of the file), {algorithm} and {seed}.
+    replaced {name} (stem of the file), {algorithm}, {seed} and every dotted key.
     """
 
     seed: int = 1

@@ -24,6 +24,7 @@ import yaml
 
 from .. import algorithms
 from ..algorithm import Algorithm, dataclass_mistake
+from ..core.escapes import safe_file_name
 from ..core.packaged import find_config, packaged_configs
 from ..data.datasets import DATASETS, Source
 from ..data.partition import PARTITIONS, Partition
@@ -93,36 +94,75 @@ def source_of(config: str | Path | Mapping[str, Any]) -> str:
     return "config" if isinstance(config, Mapping) else str(find_config(config))
 
 
+def output_pattern(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> str:
+    """``output`` of ``read(source, overrides)``, before its placeholders are replaced.
+
+    No other key is checked. Raises ConfigError if the file cannot be read.
+    """
+    tree = _merge(source, overrides).tree
+    return str(tree.get("output", blocks.config_fields(Config)["output"].default))
+
+
+def has_placeholder(text: str) -> bool:
+    """Whether a value of ``output`` names a part that ``read`` replaces."""
+    return bool(_PLACEHOLDER.search(text))
+
+
 def _fill_output(path: Path, config: Config, origin: Origin) -> Config:
     """``config`` of the file ``path`` with the placeholders of ``output`` replaced."""
-    substitutes = {
+    names = {
         "name": path.stem,
         "algorithm": algorithm_name(config.algorithm).rpartition(":")[2],
         "seed": str(config.seed),
     }
-    for placeholder in _PLACEHOLDER.findall(config.output):
-        if placeholder not in substitutes:
-            allowed = ", ".join(f"{{{placeholder_name}}}" for placeholder_name in substitutes)
-            raise origin.error(
-                "output", f"{{{placeholder}}} is unknown; there are {allowed}", config.output
+    placeholders = _PLACEHOLDER.findall(config.output)
+    if not set(placeholders) <= set(names):
+        settings = _every_setting(config)
+        del settings["output"]
+        names = {key: safe_file_name(_plain_text(settings[key])) for key in settings} | names
+    for placeholder in placeholders:
+        if placeholder not in names:
+            reason = (
+                f"{{{placeholder}}} is unknown; there are {{name}}, {{algorithm}}, {{seed}} and "
+                f"every key, such as {{train.lr}}{blocks.suggest(placeholder, names)}"
             )
-    return replace(config, output=_PLACEHOLDER.sub(lambda m: substitutes[m[1]], config.output))
+            raise origin.error("output", reason, config.output)
+    return replace(config, output=_PLACEHOLDER.sub(lambda m: names[m[1]], config.output))
+
+
+def _every_setting(config: Config) -> dict[str, Any]:
+    """``flatten(config)``, with the keys that it leaves out where they have their defaults."""
+    names = (*OMIT_IF_DEFAULT, "privacy")
+    omitted = blocks.to_plain({name: getattr(config, name) for name in names})
+    return dict(_flatten(omitted)) | flatten(config)
+
+
+def _plain_text(value: Any) -> str:
+    """A value as it would be written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _read(
     config_source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 ) -> tuple[Config, Origin]:
     """The result of ``read`` before ``output`` is filled in, and where each key was written."""
+    merged = _merge(config_source, overrides)
+    origin = Origin(source_of(config_source), merged.sources)
+    config = replace(_build_config(merged.tree, origin), resets=tuple(reset_lines(merged.resets)))
+    return config, origin
+
+
+def _merge(
+    config_source: str | Path | Mapping[str, Any], overrides: Sequence[str]
+) -> blocks.Merged:
+    """The keys of a config, its base and the overrides as one tree."""
     path = Path(source_of(config_source))
     keys = {**config_source} if isinstance(config_source, Mapping) else _load_yaml(path)
     layers = [(keys, str(path))]
     if "base" in layers[0][0]:
         layers.insert(0, _load_base(layers[0][0].pop("base"), path))
     layers += [(layer, COMMAND_LINE) for layer in _parse_overrides(overrides)]
-    merged = blocks.merge_layers(layers, CHOICES)
-    origin = Origin(str(path), merged.sources)
-    config = replace(_build_config(merged.tree, origin), resets=tuple(reset_lines(merged.resets)))
-    return config, origin
+    return blocks.merge_layers(layers, CHOICES)
 
 
 def annotated_yaml(path: str | Path, overrides: Sequence[str] = (), explain: bool = False) -> str:

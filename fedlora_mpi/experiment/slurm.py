@@ -1,4 +1,4 @@
-"""Slurm scripts: for ``jobs/``, ``fedlora-mpi submit`` and ``reproduce --print-jobs``.
+"""Slurm scripts: for ``jobs/``, ``submit``, ``sweep --slurm`` and ``reproduce --print-jobs``.
 
 A job is told to stop by SIGUSR1, two minutes before its time is up or by ``scancel``. It then ends
 its round, writes a checkpoint, exits with STOPPED_EXIT and requeues itself. Its next start
@@ -20,6 +20,7 @@ from ..config import Config
 from ..core.bounds import bounded
 from ..core.escapes import escape_line
 from ..core.paths import expand_home
+from ..store.files import write_atomic
 from .loop import STOPPED_EXIT
 
 SIGNAL_LEAD = (
@@ -36,7 +37,8 @@ _TIME_PATTERN = re.compile(r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+")
 class Job:
     """What a script requests from Slurm.
 
-    ranks: of the whole job; gpus: per node; array: number of tasks, 0: no array.
+    ranks: of the whole job; gpus: per node; array: number of tasks, 0: no array; array_limit: tasks
+    at once, 0: any number.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Job:
     qos: str | None = None
     constraint: str | None = None  # features of the nodes
     array: int = 0
+    array_limit: int = 0
     tolerates_failures: bool = False  # whether its run tolerates the death of a worker
 
     def __post_init__(self) -> None:
@@ -62,6 +65,7 @@ class Job:
             ranks="[1, inf)",
             threads="[1, inf)",
             array="[0, inf)",
+            array_limit="[0, inf)",
         )
         if self.ranks < self.nodes:
             raise ValueError(
@@ -138,6 +142,11 @@ def array_task_lines(list_file: str) -> str:
     return f'line=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {list_file})\nbash -c "$line"'
 
 
+def array_status_command() -> str:
+    """Return the shell command that checks the run of ``array_task_lines``."""
+    return f'bash -c "{status_command("${line#*run --resume }")}"'
+
+
 def job_for(config: Config, config_file: str | Path, **options: Any) -> Job:
     """Return the job of a config. Raises ValueError.
 
@@ -175,31 +184,81 @@ def submit(
     """
     job = job_for(configs.read(config_file, overrides), config_file, **options)
     arguments = shlex.join([str(config_file), *overrides])
-    bin_folder = shlex.quote(str(Path(sys.executable).parent))
     text = sbatch_script(
         job,
         program_line(job, f"run --resume {arguments}"),
-        bin_folder=bin_folder,
+        bin_folder=_bin_folder(),
         done_command=status_command(arguments),
     )
     if dry_run:
         return text.rstrip()
-    sbatch = shutil.which("sbatch")
-    if sbatch is None:
+    number = _queue(text, job)
+    return escape_line(
+        f"job {number}: {job.ranks} ranks on {job.nodes} node(s), output in "
+        f"{job.log.replace('%j', number)}"
+    )
+
+
+def submit_array(
+    config: Config,
+    config_file: str,
+    all_arguments: Sequence[Sequence[str]],
+    folder: Path,
+    dry_run: bool,
+    **options: Any,
+) -> str:
+    """Queue runs as one array: task n is ``run --resume`` with the n-th of ``all_arguments``.
+
+    config: of the run that needs most; folder: for the list of runs and their output. Returns a
+    message for the user; with ``dry_run`` the script. Raises ValueError.
+    """
+    log, lines_file = f"{folder}/slurm-%A_%a.log", folder / "jobs.txt"
+    job = job_for(config, config_file, **options, array=len(all_arguments), log=log)
+    lines = [
+        f"exec {program_line(job, f'run --resume {shlex.join(arguments)}')}\n"
+        for arguments in all_arguments
+    ]
+    text = sbatch_script(
+        job,
+        array_task_lines(shlex.quote(str(lines_file))),
+        bin_folder=_bin_folder(),
+        done_command=array_status_command(),
+    )
+    if dry_run:
+        return text.rstrip()
+    _find_sbatch()  # before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(lines_file, "".join(lines).encode(), folder)
+    number = _queue(text, job)
+    each = f"{job.ranks} ranks on {job.nodes} node(s) each"
+    output = job.log.replace("%A", number).replace("%a", "*")
+    return escape_line(f"job {number}: {job.array} runs, {each}, output in {output}")
+
+
+def _bin_folder() -> str:
+    """Return the folder of this Python, for a shell."""
+    return shlex.quote(str(Path(sys.executable).parent))
+
+
+def _find_sbatch() -> str:
+    """Return Slurm's program. Raises ValueError."""
+    if (sbatch := shutil.which("sbatch")) is None:
         raise ValueError(
             "no sbatch on PATH: submit on a login node of a Slurm cluster, or look with --dry-run"
         )
+    return sbatch
+
+
+def _queue(text: str, job: Job) -> str:
+    """Pass a script to Slurm and return the number of the job. Raises ValueError."""
+    sbatch = _find_sbatch()
     # Slurm drops the output of a job if this folder is missing
     Path(job.log).parent.mkdir(parents=True, exist_ok=True)
     result = subprocess.run([sbatch, "--parsable"], input=text, capture_output=True, text=True)
     if result.returncode:
         reason = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
         raise ValueError(f"{sbatch} refused the job: {reason}")
-    number = result.stdout.strip().partition(";")[0]
-    return escape_line(
-        f"job {number}: {job.ranks} ranks on {job.nodes} node(s), output in "
-        f"{job.log.replace('%j', number)}"
-    )
+    return result.stdout.strip().partition(";")[0]
 
 
 def _directive_lines(job: Job) -> str:
@@ -216,11 +275,12 @@ def _directive_lines(job: Job) -> str:
         for name in ("mem", "qos", "constraint")
         if (value := getattr(job, name))
     ]
+    limit = f"%{job.array_limit}" if job.array_limit else ""
     lines = [
         f"#SBATCH --job-name={job.name}",
         account_line,
         *([f"#SBATCH {' '.join(requests)}"] if requests else []),
-        *([f"#SBATCH --array=1-{job.array}"] if job.array else []),
+        *([f"#SBATCH --array=1-{job.array}{limit}"] if job.array else []),
         f"#SBATCH --nodes={job.nodes} --ntasks-per-node={job.ranks_per_node} "
         f"--ntasks={job.nodes * job.ranks_per_node} --cpus-per-task={job.threads}",
         *([f"#SBATCH --gpus-per-node={job.gpus}"] if job.gpus else []),

@@ -1,20 +1,18 @@
 """``fedlora-mpi reproduce``: write the configs of a table, execute the missing runs, compare."""
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
-from pathlib import Path
 
 from ..config import resolved_yaml
-from ..core.escapes import escape_line
 from ..data.datasets import load
 from ..experiment.loop import STOPPED_EXIT
 from ..experiment.pretrain import pretrain
+from ..experiment.processes import last_line, plan_slots
 from ..store import nolinks
-from ..store.files import open_for_reading, write_atomic
+from ..store.files import write_atomic
 from . import carry, sheet
 from . import fedhl_table as fedhl
 from .grid import Case, Job, make_job
@@ -56,7 +54,7 @@ def reproduce_grid(request: Request, grid: JobGrid) -> int:
             if code == STOPPED_EXIT
             else f"failed with exit code {code}"
         )
-        print(f"{name}: {state}: {_last_line(logs[name])} ({logs[name]})", file=sys.stderr)
+        print(f"{name}: {state}: {last_line(logs[name])} ({logs[name]})", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -101,15 +99,16 @@ def _run_missing(request: Request, jobs: Sequence[Job], missing: Sequence[Job]) 
     for run in {run.case.data: run for run in missing}.values():
         load(replace(run.config.data.source, download=request.download))
     _pretrain_backbones(request, missing, report)
-    gpus, max_parallel = _plan_parallel(request)
+    slots = plan_slots(request.jobs, request.ranks)
     num_started = sum(num_logged_rounds(run.folder) > 0 for run in missing)
     report(
         f"{request.table_folder}: {len(jobs)} runs, {len(jobs) - len(missing)} done, {num_started} "
-        f"to go on with, {max_parallel} at a time"
+        f"to go on with, {slots.number} at a time"
     )
     old_handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        return carry.run_tasks(carry.make_tasks(missing, request.ranks), max_parallel, report, gpus)
+        tasks = carry.make_tasks(missing, request.ranks)
+        return carry.run_tasks(tasks, slots.number, report, slots.gpus)
     finally:
         signal.signal(signal.SIGTERM, old_handler)
 
@@ -135,17 +134,6 @@ def _pretrain_backbones(
                     to=file,
                     classes=case.backbone.classes,
                 )
-
-
-def _plan_parallel(request: Request) -> tuple[list[str], int]:
-    """The GPUs that the runs take in turn, and the number of parallel runs."""
-    import torch
-
-    count = torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    if count and request.ranks == 1:
-        return visible, request.jobs or count
-    return [], request.jobs or max(1, (count or len(os.sched_getaffinity(0))) // request.ranks)
 
 
 def _slurm_lines(request: Request, missing: Sequence[Job]) -> Iterator[str]:
@@ -193,13 +181,3 @@ def _write_configs(request: Request, runs: Sequence[Job]) -> None:
             (header + resolved_yaml(run.config)).encode(),
             request.root_folder,
         )
-
-
-def _last_line(log: Path) -> str:
-    with open_for_reading(log) as file:
-        lines = [
-            line.strip()
-            for line in file.read().decode(errors="replace").splitlines()
-            if line.strip()
-        ]
-    return escape_line(lines[-1]) if lines else "no output"

@@ -11,6 +11,7 @@ import numpy as np
 from ...data.partition import PARTITIONS, Split
 from ..groups import Group, RunLog, count_clients, count_seeds, format_setting
 from ..method_names import paper_name
+from ..paired import paired_runs
 from ..partition_table import figure as dots
 from .crowd import caption_note, named_groups
 from .curves import Looks
@@ -213,16 +214,11 @@ def _make_pair(group: Group, rival: Group) -> RivalPair | None:
     group_accuracy, rival_accuracy = [], []
     if group.runs[0].config["rounds"] != rival.runs[0].config["rounds"]:
         return None
-    for run in group.runs:
-        for rival_run in rival.runs:
-            is_comparable = run.seeds == rival_run.seeds and run.partition.get(
-                "digest"
-            ) == rival_run.partition.get("digest")
-            a, b = run.client_accuracy, rival_run.client_accuracy
-            if is_comparable and len(a) == len(b) > 0:
-                is_known = ~np.isnan(a + b)
-                group_accuracy.append(a[is_known])
-                rival_accuracy.append(b[is_known])
+    for run, rival_run in paired_runs(group, rival):
+        a, b = run.client_accuracy, rival_run.client_accuracy
+        is_known = ~np.isnan(a + b)
+        group_accuracy.append(a[is_known])
+        rival_accuracy.append(b[is_known])
     return (
         RivalPair(
             group,

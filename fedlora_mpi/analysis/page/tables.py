@@ -6,6 +6,7 @@ import numpy as np
 
 from ...core.units import format_bytes, format_seconds, unit_prefix
 from ..groups import Group, RunGroups, Stat, count_clients, format_setting
+from ..paired import Comparison
 from ..parts import LowRank
 from ..runs import column_name
 from .clients import RivalPair, num_as_good
@@ -206,6 +207,42 @@ def rival_table(pairs: Sequence[RivalPair]) -> Table | None:
     )
     note += "have, together."
     return Table("against", "Each client against FedAvg and Local", note, columns, rows)
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> Table | None:
+    """Compare the best setting of each task with every other one; None if there is none."""
+    if not comparisons:
+        return None
+    columns = [
+        Column("run", "method"),
+        Column("rival", "against"),
+        Column("difference", "difference / points", _format_gain),
+        Column("low", "interval from / points", _format_gain),
+        Column("high", "to / points", _format_gain),
+        Column("p", "Wilcoxon p", format_number),
+        Column("seeds", "seeds"),
+        Column("clients", "clients"),
+    ]
+    rows = [
+        {
+            "run": comparison.leader.label,
+            "rival": comparison.rival.label,
+            "difference": comparison.difference,
+            "low": comparison.interval[0],
+            "high": comparison.interval[1],
+            "p": comparison.p,
+            "seeds": comparison.seeds,
+            "clients": comparison.clients,
+        }
+        for comparison in comparisons
+    ]
+    note = (
+        "Final accuracy on the same seeds, splits and clients. Interval: 95 % bootstrap over seeds "
+        "and clients; with one seed it says nothing about other seeds. p: Wilcoxon signed-rank "
+        "test over clients, of their means over seeds if all seeds have one split. Neither is "
+        "corrected for the number of rows."
+    )
+    return Table("paired", "The best setting against the others", note, columns, rows)
 
 
 def low_rank_table(factors_of: Mapping[str, LowRank]) -> Table | None:

@@ -26,6 +26,7 @@ from ..groups import (
     format_setting,
     group_runs,
 )
+from ..paired import compare_leaders, winner_lines
 from ..runs import clients_table, rounds_table
 from . import clients, curves, personal, ranks, sweeps, tables
 from .crowd import assign_looks
@@ -47,9 +48,10 @@ class PageContent(NamedTuple):
     notes: list[str]
 
 
-def write_report(paths: Sequence[Path], folder: Path) -> str:
+def write_report(paths: Sequence[Path], folder: Path, compares: bool = False) -> str:
     """Write the report of these runs into ``folder``.
 
+    compares: whether it has the paired comparison of their settings, as that of a sweep.
     The folder must be new, empty or hold an earlier report. Returns a line about what was written.
     Raises ValueError for a path that is no run, a run without rounds, a folder with other files, or
     if matplotlib or pandas is missing.
@@ -58,7 +60,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> str:
     with plot_style():
         # the pattern runs/* may also match the report's folder
         logs = read_logs([path for path in paths if path.resolve() != folder.resolve()])
-        content = collect_content(logs)
+        content = collect_content(logs, compares)
         files: dict[str, bytes] = {}
         svg_of: dict[str, bytes] = {}
         for figure, rendered in zip(content.figures, render_files(content.figures), strict=True):
@@ -93,7 +95,7 @@ def read_logs(paths: Sequence[Path]) -> list[RunLog]:
     return logs
 
 
-def collect_content(logs: Sequence[RunLog]) -> PageContent:
+def collect_content(logs: Sequence[RunLog], compares: bool = False) -> PageContent:
     """Return the tables and figures for which the runs have data."""
     run_groups = group_runs(logs)
     groups = run_groups.groups
@@ -117,16 +119,21 @@ def collect_content(logs: Sequence[RunLog]) -> PageContent:
         *low_rank_figures.figures,
         *clients.partition_figures(groups),
     ]
+    comparisons = compare_leaders(groups) if compares else []
     candidates = [
         tables.accuracy_table(groups),
         tables.settings_table(run_groups),
+        tables.comparison_table(comparisons),
         tables.rival_table(pairs),
         tables.cost_table(groups),
         tables.time_table(groups),
         tables.low_rank_table(low_rank_figures.tables),
         tables.run_table(groups),
     ]
-    notes = list(_caution_notes(run_groups))
+    notes = [
+        *(f"{line[0].upper()}{line[1:]}." for line in winner_lines(comparisons)),
+        *_caution_notes(run_groups),
+    ]
     if low_rank_figures.left_out:
         notes.append(
             "Low-rank and personal parts that are not shown: "

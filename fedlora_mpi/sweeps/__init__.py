@@ -1,0 +1,1 @@
+"""Sweeps: one config, many runs; a grid over axes, or a search with Optuna."""
