@@ -10,16 +10,17 @@ https://arxiv.org/abs/2007.03797. In round t, first the server, then client i:
     xi_ij = (1 - xi_ii) exp(sigma cos(w_i, w_j)) / sum_(h != i) exp(sigma cos(w_i, w_h))  HeurFedAMP
 
 HeurFedAMP (``heuristic: true``), for deep networks, has xi_ii = self_weight. w_i are the
-parameters. Training starts at w_i (``start: own``) or at u_i (``cloud``). The accuracy is that of
-w_i after training.
+parameters. Training starts at w_i (``start: own``) or at u_i (``cloud``). For every alpha_t, w_i is
+first pulled by (lam / alpha_t) (w_i - u_i) = lam sum_j A'(d_ij) (w_i - w_j). This is at most lam (N
+- 1) / sqrt(2 e sigma): clients that overshoot each other pull less. SGD on the penalty is stable if
+lr lam / alpha_t < 2 (1 + momentum); hence ``alpha_min`` (0: none, as in Fling, until round 181).
 
 BatchNorm: statistics are personal. They enter neither distances nor mixes. Bytes per client and
 round: the parameters up (w_i) and down (u_i). Deviations: the defaults are those of the FedAMP that
-FedLoRA's first author contributed to Fling; Fling multiplies alpha by 0.1 one round later. With
-sigma = 100 and alpha = 10^4 the weights xi_ij of a row sum to far above 1 and xi_ii is negative;
-``convex: true`` scales them down to a sum of 1 (false: as in Fling). SGD on the penalty diverges
-once lr lam / alpha >= 2 (1 + momentum), which Fling's schedule reaches in round 181; ``alpha_min``
-prevents this (0: no bound, as in Fling). In PFLlib the penalty has no gradient.
+FedLoRA's first author contributed to Fling. Fling multiplies alpha by 0.1 one round later, and u_i
+still has the former alpha then, so that it pulls 10 times as strongly (``cloud_alpha: previous``).
+With sigma = 100 and alpha = 10^4 xi_ii is negative; ``convex: true`` scales a row down to a sum of
+1, which leaves so little of the pull that it is almost Local.
 """
 
 from dataclasses import dataclass
@@ -29,10 +30,10 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Upload, Variables, Visit
-from ..components.similarity import cosines, squared_distances
+from ..components.similarity import attention, cosine_attention
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
-from ..core.tree import select_prefix, sq_dist
+from ..core.tree import add_prefix, select_prefix, sq_dist
 from ..models.network import Model
 
 _CLOUD = method_leaf_name("cloud")
@@ -51,7 +52,8 @@ class FedAMP(Algorithm):
     decay_every: int = 30  # rounds
     alpha_min: float = 0.05
     sigma: float = 100.0
-    convex: bool = True
+    convex: bool = False
+    cloud_alpha: Literal["current", "previous"] = "current"
     heuristic: bool = False
     self_weight: float = 0.0
     start: Literal["own", "cloud"] = "own"
@@ -63,11 +65,9 @@ class FedAMP(Algorithm):
     def check(self, model: Model, train: LocalTraining) -> None:
         lower_bound = train.lr * self.lam / (2 * (1 + train.momentum))
         if 0 < self.alpha_min <= lower_bound:
-            requirement = (
-                f"must be above lr lam / (2 (1 + momentum)) = {lower_bound:.3g} (or 0: no bound)"
-            )
             raise ValueError(
-                f"alpha_min = {self.alpha_min}: {requirement}, or SGD on the penalty diverges"
+                f"alpha_min = {self.alpha_min}: must be above lr lam / (2 (1 + momentum)) = "
+                f"{lower_bound:.3g} (or 0: no bound), or SGD on the penalty diverges"
             )
 
     def alpha_of(self, round_: int) -> float:
@@ -79,30 +79,32 @@ class FedAMP(Algorithm):
         return Variables(shared={}, personal=model.initial | cloud)
 
     def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
-        fit, strength = self.loss(model), self.lam / (2 * self.alpha_of(round_))
+        fit, alpha = self.loss(model), self.alpha_of(round_)
 
         def take_cloud(start: Variables, now: Variables, data: Batch) -> Variables:
-            return now._replace(personal=now.personal | select_prefix(now.personal, _CLOUD))
+            u = select_prefix(now.personal, _CLOUD)
+            if self._scales_u:
+                u = {n: torch.lerp(now.personal[n], v, alpha) for n, v in u.items()}
+            begin = u if self.start == "cloud" else {}
+            return now._replace(personal=now.personal | add_prefix(u, _CLOUD) | begin)
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             u = select_prefix(now.personal, _CLOUD)
-            return fit(now, start, batch) + strength * sq_dist(now.personal, u, u)
+            return fit(now, start, batch) + self.lam / (2 * alpha) * sq_dist(now.personal, u, u)
 
-        phase = Phase(train.epochs, (Step(loss, model.leaves.__contains__),))
-        return (phase,) if self.start == "own" else (Visit(take_cloud), phase)
+        return Visit(take_cloud), Phase(train.epochs, (Step(loss, model.leaves.__contains__),))
 
     def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
         rows = {_CLOUD + n: end.personal[n] for n in select_prefix(end.personal, _CLOUD)}
-        # centring changes cosines, but not distances
-        return Upload(mix=Mix(rows, centered=not self.heuristic))
+        return Upload(mix=Mix(rows, centered=not self.heuristic))  # centring changes cosines
 
     def mix(self, gram: Tensor, extra: Tensor, round_: int) -> Tensor:
         if self.heuristic:
-            own_weight = self.self_weight or 1 / len(gram)
-            similarity = (self.sigma * cosines(gram)).fill_diagonal_(-torch.inf)
-            xi = (1 - own_weight) * similarity.softmax(1)
-        else:
-            similarity = torch.exp(-squared_distances(gram) / self.sigma).fill_diagonal_(0)
-            xi = self.alpha_of(round_) * similarity / self.sigma
-            xi = xi / xi.sum(1, keepdim=True).clamp(min=1) if self.convex else xi
-        return xi + torch.diag(1 - xi.sum(1))
+            return cosine_attention(gram, self.sigma, self.self_weight)
+        alpha = self.alpha_of(round_ + (self.cloud_alpha == "current"))  # that of the next round
+        return attention(gram, 1.0 if self._scales_u else alpha, self.sigma, self.convex)
+
+    @property
+    def _scales_u(self) -> bool:
+        """Whether ``cloud`` arrives as u_i for alpha = 1, from which a client makes u_i."""
+        return self.cloud_alpha == "current" and not (self.convex or self.heuristic)

@@ -27,7 +27,7 @@ from ..data.partition import PARTITIONS, Partition
 from ..models import zoo
 from ..privacy.settings import Privacy
 from ..store.files import text_checksum
-from . import blocks
+from . import blocks, former
 from .blocks import ConfigError, Field, Origin, reset_lines
 from .experiment import Config, DataBlock, Faults, Log, ModelBlock, Network
 
@@ -98,9 +98,14 @@ def _fill_output(path: Path, config: Config, origin: Origin) -> Config:
     return replace(config, output=_PLACEHOLDER.sub(lambda m: substitutes[m[1]], config.output))
 
 
-def _read(path: Path, overrides: Sequence[str]) -> tuple[Config, Origin]:
-    """The result of ``read`` before ``output`` is filled in, and where each key was written."""
+def _read(path: Path, overrides: Sequence[str], recorded: bool = False) -> tuple[Config, Origin]:
+    """The result of ``read`` before ``output`` is filled in, and where each key was written.
+
+    recorded: whether the file is that of a run folder, see ``former.py``.
+    """
     layers = [(_load_yaml(path), str(path))]
+    if recorded:
+        layers = [(former.add_missing_keys(layers[0][0]), str(path))]
     if "base" in layers[0][0]:
         layers.insert(0, _load_base(layers[0][0].pop("base"), path))
     layers += [(layer, COMMAND_LINE) for layer in _parse_overrides(overrides)]
@@ -173,6 +178,11 @@ def from_dict(mapping: Mapping[str, Any], source: str) -> Config:
     Messages name the mapping ``source``.
     """
     return _build_config(mapping, Origin(source))
+
+
+def from_recorded(mapping: Mapping[str, Any], source: str) -> Config:
+    """``from_dict`` of the resolved config of a run, which an earlier version may have written."""
+    return from_dict(former.add_missing_keys(mapping), source)
 
 
 def resolved_dict(config: Config) -> dict[str, Any]:
@@ -262,7 +272,7 @@ def read_recorded(path: Path, overrides: Sequence[str] = ()) -> Config:
         for line in yaml_text.splitlines()
         if line.startswith(_RESET_PREFIX)
     )
-    config = _read(path, overrides)[0]
+    config = _read(path, overrides, recorded=True)[0]
     return replace(config, resets=recorded + config.resets)
 
 
@@ -289,6 +299,7 @@ def read_recorded_rounds(path: Path, overrides: Sequence[str] = ()) -> int:
 def digest(config: Config) -> str:
     """32 hexadecimal digits, equal for two configs that differ at most in FREE_ON_RESUME."""
     tree = resolved_dict(config)
+    tree["algorithm"] = former.restore_former_block(tree["algorithm"])
     for key in FREE_ON_RESUME:
         block, _, name = key.rpartition(".")
         (tree.get(block, {}) if block else tree).pop(name, None)
@@ -406,7 +417,7 @@ def _build_algorithm(value: Any, key: str, origin: Origin) -> Algorithm:
         raise origin.refusal(key, error) from None
     if mistake := dataclass_mistake(cls):
         raise origin.error(blocks.dotted_key(key, "name"), mistake, name)
-    return blocks.build_block(cls, options, key, origin, owner=name)
+    return blocks.build_block(cls, former.rename_values(name, options), key, origin, owner=name)
 
 
 # Reading files and the command line into one tree of keys.
