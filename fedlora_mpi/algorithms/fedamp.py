@@ -9,18 +9,17 @@ https://arxiv.org/abs/2007.03797. In round t, first the server, then client i:
     alpha_t = max(alpha_min, alpha decay^floor(t / decay_every))
     xi_ij = (1 - xi_ii) exp(sigma cos(w_i, w_j)) / sum_(h != i) exp(sigma cos(w_i, w_h))  HeurFedAMP
 
-HeurFedAMP (``heuristic: true``), for deep networks, has xi_ii = self_weight. w_i are the
-parameters. Training starts at w_i (``start: own``) or at u_i (``cloud``). For every alpha_t, w_i is
-first pulled by (lam / alpha_t) (w_i - u_i) = lam sum_j A'(d_ij) (w_i - w_j). This is at most lam (N
-- 1) / sqrt(2 e sigma): clients that overshoot each other pull less. SGD on the penalty is stable if
-lr lam / alpha_t < 2 (1 + momentum); hence ``alpha_min`` (0: none, as in Fling, until round 181).
+HeurFedAMP (``heuristic: true``), for deep networks, has xi_ii = self_weight. Training starts at w_i
+(``start: own``) or at u_i (``cloud``). For every alpha_t, w_i is first pulled by (lam / alpha_t)
+(w_i - u_i) = lam sum_j A'(d_ij) (w_i - w_j). This is at most lam (N - 1) / sqrt(2 e sigma): clients
+that overshoot each other pull less. SGD on the penalty is stable if lr lam / alpha_t < 2 (1 +
+momentum); hence ``alpha_min`` (0: none, as in Fling, until round 181).
 
 BatchNorm: statistics are personal. They enter neither distances nor mixes. Bytes per client and
 round: the parameters up (w_i) and down (u_i). Deviations: the defaults are those of the FedAMP that
-FedLoRA's first author contributed to Fling. Fling multiplies alpha by 0.1 one round later, and u_i
-still has the former alpha then, so that it pulls 10 times as strongly (``cloud_alpha: previous``).
-With sigma = 100 and alpha = 10^4 xi_ii is negative; ``convex: true`` scales a row down to a sum of
-1, which leaves so little of the pull that it is almost Local.
+FedLoRA's first author contributed to Fling. There alpha falls one round later, while u_i still has
+the former alpha: a pull 10 times as strong (``cloud_alpha: previous``). ``convex: true`` scales the
+xi_ij of a row, which sum to far above 1, down to 1: almost Local while alpha is large.
 """
 
 from dataclasses import dataclass
@@ -63,11 +62,11 @@ class FedAMP(Algorithm):
         bounded(self, alpha_min="[0, inf)", sigma="(0, inf)", self_weight="[0, 1]")
 
     def check(self, model: Model, train: LocalTraining) -> None:
-        lower_bound = train.lr * self.lam / (2 * (1 + train.momentum))
-        if 0 < self.alpha_min <= lower_bound:
+        bound = train.lr * self.lam / (2 * (1 + train.momentum))
+        if 0 < self.alpha_min <= bound:
+            rule = f"must be above lr lam / (2 (1 + momentum)) = {bound:.3g} (or 0: no bound)"
             raise ValueError(
-                f"alpha_min = {self.alpha_min}: must be above lr lam / (2 (1 + momentum)) = "
-                f"{lower_bound:.3g} (or 0: no bound), or SGD on the penalty diverges"
+                f"alpha_min = {self.alpha_min}: {rule}, or SGD on the penalty diverges"
             )
 
     def alpha_of(self, round_: int) -> float:
@@ -90,7 +89,10 @@ class FedAMP(Algorithm):
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             u = select_prefix(now.personal, _CLOUD)
-            return fit(now, start, batch) + self.lam / (2 * alpha) * sq_dist(now.personal, u, u)
+            penalty = sq_dist(now.personal, u, u)
+            if self._scales_u:  # less its value at the start, which grows with alpha_t
+                penalty = penalty - sq_dist(start.personal, u, u)
+            return fit(now, start, batch) + self.lam / (2 * alpha) * penalty
 
         return Visit(take_cloud), Phase(train.epochs, (Step(loss, model.leaves.__contains__),))
 
