@@ -12,14 +12,14 @@ https://arxiv.org/abs/2007.03797. In round t, first the server, then client i:
 HeurFedAMP (``heuristic: true``), for deep networks, has xi_ii = self_weight. Training starts at w_i
 (``start: own``) or at u_i (``cloud``). For every alpha_t, w_i is first pulled by (lam / alpha_t)
 (w_i - u_i) = lam sum_j A'(d_ij) (w_i - w_j). This is at most lam (N - 1) / sqrt(2 e sigma): clients
-that overshoot each other pull less. SGD on the penalty is stable if lr lam / alpha_t < 2 (1 +
-momentum); hence ``alpha_min`` (0: none, as in Fling, until round 181).
+that overshoot each other pull less. SGD is stable on the penalty if lr lam / alpha_t < 2 (1 +
+momentum), hence ``alpha_min`` (Fling has none).
 
-BatchNorm: statistics are personal. They enter neither distances nor mixes. Bytes per client and
-round: the parameters up (w_i) and down (u_i). Deviations: the defaults are those of the FedAMP that
-FedLoRA's first author contributed to Fling. There alpha falls one round later, while u_i still has
-the former alpha: a pull 10 times as strong (``cloud_alpha: previous``). ``convex: true`` scales the
-xi_ij of a row, which sum to far above 1, down to 1: almost Local while alpha is large.
+BatchNorm: statistics are personal and not mixed. Bytes per client and round: the parameters up
+(w_i) and down (u_i). Deviations: the defaults are those of the FedAMP that FedLoRA's first author
+contributed to Fling. There alpha falls one round later, while u_i still has the former alpha: a
+pull 10 times as strong (``cloud_alpha: previous``). ``convex: true`` scales the xi_ij of a row,
+which sum to far above 1, down to 1: almost Local while alpha is large.
 """
 
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ _CLOUD = method_leaf_name("cloud")
 
 @dataclass(frozen=True)
 class FedAMP(Algorithm):
-    """``sigma`` has the unit of a squared distance; HeurFedAMP multiplies cosines by it (easyFL:
-    25). ``self_weight`` 0 stands for 1 / (clients of the round). u_i is stored as ``cloud.<leaf>``.
+    """HeurFedAMP multiplies cosines by ``sigma`` (easyFL: 25). ``self_weight`` 0 stands for 1 /
+    (clients of the round). u_i is stored as ``cloud.<leaf>``.
     """
 
     evaluate_on = "after_training"
@@ -65,9 +65,7 @@ class FedAMP(Algorithm):
         bound = train.lr * self.lam / (2 * (1 + train.momentum))
         if 0 < self.alpha_min <= bound:
             rule = f"must be above lr lam / (2 (1 + momentum)) = {bound:.3g} (or 0: no bound)"
-            raise ValueError(
-                f"alpha_min = {self.alpha_min}: {rule}, or SGD on the penalty diverges"
-            )
+            raise ValueError(f"alpha_min = {self.alpha_min}: {rule}, or the penalty diverges")
 
     def alpha_of(self, round_: int) -> float:
         """alpha_t of round ``round_`` (from 0)."""

@@ -19,8 +19,8 @@ authors' code weighs by samples, as here. Momentum is refused because both updat
 ``train.weight_decay`` applies to theta_i alone, as in the authors' optimiser (0.001). In the
 authors' code all users train and a sample of them is averaged; here only the cohort trains. Their
 published accuracy is that of w_i, whose parameters overwrite theta_i's (their issue 5); PFLlib's is
-that of x. Their values for MNIST: lam 15, inner_steps 5, inner_lr 0.09, lr 0.005 and beta 1. With
-train.lr lam > 1, w_i overshoots theta_i (at 0.1 and 15 by half their distance): a hint says so.
+that of x. For MNIST they have lam 15, inner_steps 5, inner_lr 0.09, lr 0.005, beta 1. With lr lam
+> 1, w_i overshoots theta_i, at lr 0.1 and lam 15 by half of their distance; a hint says so.
 """
 
 from dataclasses import dataclass
@@ -62,10 +62,8 @@ class PFedMe(Averaging):
             )
         for field, lr in (("inner_lr", self.inner_lr), ("train.lr", train.lr)):
             if lr * self.lam >= 2:
-                raise ValueError(
-                    f"lam = {self.lam}: must be below 2 / {field} = {2 / lr:g}, or the pull "
-                    "diverges"
-                )
+                limit = f"2 / {field} = {2 / lr:g}"
+                raise ValueError(f"lam = {self.lam}: must be below {limit}, or the pull diverges")
         if (reach := train.lr * self.lam) > 1:
             overshoot = (
                 f"w_i overshoots theta_i by {reach - 1:.2g} of their distance; authors: 0.005"
