@@ -574,6 +574,35 @@ def test_a_recorded_config_of_before_keeps_its_meaning_and_its_digest(former, wr
     assert again == config and digest(again) == former
 
 
+@pytest.mark.parametrize(
+    "block, replacements",
+    [
+        (
+            "{name: fedamp, convex: true, cloud_alpha: previous, decay_every: 1, alpha: 30.0}",
+            {"  cloud_alpha: previous\n": ""},
+        ),
+        (
+            "{name: fedhl, weight_mode: fedhera, lora_ranks: [1, 2], alpha: 2.0}",
+            {"  tau: 0.3\n": "", "fedhera": "paper"},
+        ),
+    ],
+)
+def test_a_run_of_before_resumes_as_it_began(block, replacements, call, tmp_path):
+    settings = (f"algorithm={block}", "train.lr=0.02", "train.epochs=1")
+    for name, rounds in (("whole", 2), ("begun", 1)):
+        assert call("run", TINY, *settings, f"rounds={rounds}", f"output={name}")[0] == 0
+    file = tmp_path / "begun" / "config.yaml"
+    text = file.read_text().partition("\n")[2]  # without its checksum
+    for now, former in replacements.items():
+        assert text.count(now) == 1
+        text = text.replace(now, former)
+    file.write_text(text)
+    code, _, err = call("resume", "begun", "rounds=2")
+    assert code == 0, err
+    lines = call("digest", "whole", "begun")[1].splitlines()
+    assert len({line.partition(" ")[2] for line in lines}) == 1
+
+
 def test_a_new_config_has_the_new_defaults_and_another_digest():
     for name, former in (
         ("fedamp", "7434b58bd79bc6c7b4995d90f23cc64e"),
