@@ -290,7 +290,9 @@ class Algorithm:
             raise AttributeError(f"{type(self).__name__} has no attribute {name}{hint}")
 
     def check(self, model: Model, train: LocalTraining) -> None:
-        """Raise ValueError when the fields do not fit the model or the training."""
+        """Raise ValueError when the fields do not fit the model or the training. ``warnings.warn``
+        about what is allowed but doubtful; a run prints this as a hint.
+        """
 
     # One client.
 

@@ -470,22 +470,25 @@ def fedamp(
     """Huang et al., Algorithm 1: in round t first u_i = sum_j xi_ij w_j with alpha_t, then w_i by
     F_i(w) + lam / (2 alpha_t) ||w - u_i||^2; alpha_t = alpha decay^t.
 
-    The mix is that of the last cohort. xi are the paper's; ``heuristic``: those of HeurFedAMP.
+    The mix is that of the last cohort. xi are the paper's; ``heuristic``: those of HeurFedAMP. The
+    paper's u_i is linear in alpha_t: it is kept for alpha = 1, and read with that of the round.
     """
     w = [deepcopy(f.network) for _ in f.clients]
     u = [parameters_of(f.network) for _ in f.clients]
     for t, cohort in enumerate(f.cohorts):
         for i in cohort:
-            sgd, strength = f.sgd(w[i].parameters()), lam / (2 * alpha * decay**t)
+            alpha_t = alpha * decay**t
+            sgd, strength = f.sgd(w[i].parameters()), lam / (2 * alpha_t)
+            share = 1.0 if heuristic else alpha_t
+            cloud = {n: p + share * (u[i][n] - p) for n, p in parameters_of(w[i]).items()}
             for x, y in f.epoch_batches(i, t):
-                gap = sum(((p - u[i][n]) ** 2).sum() for n, p in w[i].named_parameters())
+                gap = sum(((p - cloud[n]) ** 2).sum() for n, p in w[i].named_parameters())
                 step(sgd, F.cross_entropy(w[i](x), y) + strength * gap)
         flat = {j: torch.cat([p.flatten() for p in parameters_of(w[j]).values()]) for j in cohort}
         for i in cohort:
             if not heuristic:
                 squares = {j: (flat[i] - flat[j]).square().sum() for j in cohort if j != i}
-                alpha_next = alpha * decay ** (t + 1)
-                xi = {j: alpha_next * torch.exp(-d / sigma) / sigma for j, d in squares.items()}
+                xi = {j: torch.exp(-d / sigma) / sigma for j, d in squares.items()}
             else:
                 cosines = {
                     j: torch.cosine_similarity(flat[i], flat[j], 0) for j in cohort if j != i

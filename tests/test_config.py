@@ -5,21 +5,24 @@ out.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 
+from fedlora_mpi.algorithms import find_algorithm
 from fedlora_mpi.config import (
     annotated_yaml,
     checksummed_yaml,
     digest,
     from_dict,
+    from_recorded,
     read,
     read_recorded,
     resolved_dict,
     resolved_yaml,
 )
 from fedlora_mpi.config.blocks import ConfigError, Origin, build_block
+from fedlora_mpi.config.former import RENAMED_VALUES, VALUES_BEFORE_KEYS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 GOOD = """\
@@ -529,6 +532,111 @@ def test_the_digest_ignores_what_a_resume_may_change(write, override):
 )
 def test_the_digest_sees_what_changes_the_numbers(write, override):
     assert digest(read(write(GOOD), [override])) != digest(read(write(GOOD)))
+
+
+TINY = Path(__file__).parent / "tiny.yaml"
+# Resolved blocks of an earlier version, and the digests of tests/tiny.yaml with them then.
+FORMER_FEDAMP = {
+    "name": "fedamp", "lam": 1.0, "alpha": 10000.0, "decay": 0.1, "decay_every": 30,
+    "alpha_min": 0.05, "sigma": 100.0, "convex": True, "heuristic": False, "self_weight": 0.0,
+    "start": "own",
+}  # fmt: skip
+FORMER_FEDHL = {
+    "name": "fedhl", "lora_ranks": [8], "rank_shares": [], "capacities": [], "alpha": 16.0,
+    "scale": "rank", "layers": ["*"], "full": ["head"], "judged": "client", "diagnose": False,
+    "weight_mode": "paper", "eps": 1e-06, "eps_relative": 0.0, "per_layer": False,
+}  # fmt: skip
+FORMER_BLOCKS = {
+    "7434b58bd79bc6c7b4995d90f23cc64e": (
+        FORMER_FEDAMP, {"convex": True, "cloud_alpha": "previous"},
+    ),
+    "3b42cc2075a39ee947fc184b66de9bfd": (FORMER_FEDHL, {"weight_mode": "fedhera"}),
+    "c86a02f068e807db1a640314c3514a30": (
+        FORMER_FEDHL | {"weight_mode": "both", "eps": 0.5},
+        {"weight_mode": "fedhera_samples", "eps": 0.5},
+    ),
+    "8b8cc79140b851c32f592181c5186dd3": (
+        {"name": "ditto", "weights": "samples", "absent": "exclude", "lam": 1.0},
+        {"weights": "samples"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("former", FORMER_BLOCKS)
+def test_a_recorded_config_of_before_keeps_its_meaning_and_its_digest(former, write):
+    block, meaning = FORMER_BLOCKS[former]
+    tree = resolved_dict(read(TINY)) | {"algorithm": block}
+    config = from_recorded(tree, "run")
+    assert {name: getattr(config.algorithm, name) for name in meaning} == meaning
+    assert digest(config) == former
+    assert read_recorded(write(json.dumps(tree))) == config
+    again = read_recorded(write(checksummed_yaml(config)))  # as a resume writes it into the log
+    assert again == config and digest(again) == former
+
+
+@pytest.mark.parametrize(
+    "block, replacements",
+    [
+        (
+            "{name: fedamp, convex: true, cloud_alpha: previous, decay_every: 1, alpha: 30.0}",
+            {"  cloud_alpha: previous\n": ""},
+        ),
+        (
+            "{name: fedhl, weight_mode: fedhera, lora_ranks: [1, 2], alpha: 2.0}",
+            {"  tau: 0.3\n": "", "fedhera": "paper"},
+        ),
+    ],
+)
+def test_a_run_of_before_resumes_as_it_began(block, replacements, call, tmp_path):
+    settings = (f"algorithm={block}", "train.lr=0.02", "train.epochs=1")
+    for name, rounds in (("whole", 2), ("begun", 1)):
+        assert call("run", TINY, *settings, f"rounds={rounds}", f"output={name}")[0] == 0
+    file = tmp_path / "begun" / "config.yaml"
+    text = file.read_text().partition("\n")[2]  # without its checksum
+    for now, former in replacements.items():
+        assert text.count(now) == 1
+        text = text.replace(now, former)
+    file.write_text(text)
+    code, _, err = call("resume", "begun", "rounds=2")
+    assert code == 0, err
+    lines = call("digest", "whole", "begun")[1].splitlines()
+    assert len({line.partition(" ")[2] for line in lines}) == 1
+
+
+def test_a_new_config_has_the_new_defaults_and_another_digest():
+    for name, former in (
+        ("fedamp", "7434b58bd79bc6c7b4995d90f23cc64e"),
+        ("fedhl", "3b42cc2075a39ee947fc184b66de9bfd"),
+        ("ditto", "8b8cc79140b851c32f592181c5186dd3"),
+    ):
+        config = read(TINY, [f"algorithm={name}"])
+        assert digest(config) != former
+    fedamp, fedhl, ditto = (
+        read(TINY, [f"algorithm={name}"]).algorithm for name in ("fedamp", "fedhl", "ditto")
+    )
+    assert (fedamp.convex, fedamp.cloud_alpha) == (False, "current")
+    assert (fedhl.weight_mode, fedhl.tau, ditto.weights) == ("drift", 0.3, "uniform")
+
+
+def test_a_config_may_have_the_former_name_of_a_value(write):
+    for former, now in (("paper", "fedhera"), ("both", "fedhera_samples")):
+        config = read(TINY, [f"algorithm={{name: fedhl, weight_mode: {former}}}"])
+        assert config.algorithm.weight_mode == now
+        assert f"weight_mode: {now}" in resolved_yaml(config)
+    with pytest.raises(ConfigError, match="must be drift, samples, uniform, inverse, fedhera or"):
+        read(TINY, ["algorithm={name: fedhl, weight_mode: steep}"])
+
+
+def test_former_values_are_values_that_the_methods_have():
+    for name, keys in VALUES_BEFORE_KEYS.items():
+        fields = {f.name: f for f in dataclasses.fields(find_algorithm(name))}
+        assert keys.keys() <= fields.keys()
+        assert find_algorithm(name)(**keys)
+    for name, keys in RENAMED_VALUES.items():
+        for key, values in keys.items():
+            for former, now in values.items():
+                read(TINY, [f"algorithm={{name: {name}, {key}: {now}}}"])
+                assert former not in get_args(get_type_hints(find_algorithm(name))[key])
 
 
 @dataclasses.dataclass(frozen=True)

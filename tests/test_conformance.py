@@ -344,8 +344,9 @@ for _name in (name for name in NAMES if issubclass(algorithms.find_algorithm(nam
     }
 ALTERNATIVES |= {
     "fedhl.weight_mode": (RANKS, None),
-    "fedhl.eps": (RANKS, "1.0"),
-    "fedhl.eps_relative": (RANKS, "1.0"),
+    "fedhl.tau": (RANKS, "0.1"),
+    "fedhl.eps": ((*RANKS, "algorithm.weight_mode=fedhera"), "1.0"),
+    "fedhl.eps_relative": ((*RANKS, "algorithm.weight_mode=inverse"), "1.0"),
     "fedhl.per_layer": ((*RANKS, "algorithm.full=[]"), None),
     "hetlora.lora_rank_min": ((), "3"),  # all that the weight has: there is no tail
 }

@@ -394,8 +394,24 @@ def test_scaffold_refuses_momentum():
 @pytest.mark.parametrize("lam", [thorough_param(0.0), 0.7])
 def test_dittos_shared_model_is_fedavg_whatever_lam(network, stacked, lam):
     how = {"network": network, "stacked": stacked, "participation": 0.6}
-    ditto, fedavg = (small.final_state(a, rounds=3, **how) for a in (Ditto(lam=lam), FedAvg()))
-    assert small.trees_equal(ditto.shared, fedavg.shared)
+    for weights in ("samples", "uniform"):
+        ditto, fedavg = (
+            small.final_state(a, rounds=3, **how)
+            for a in (Ditto(lam=lam, weights=weights), FedAvg(weights=weights))
+        )
+        assert small.trees_equal(ditto.shared, fedavg.shared)
+
+
+@STACK_FIRST
+@pytest.mark.parametrize("weights, shares", [("uniform", (0.5, 0.5)), ("samples", (0.25, 0.75))])
+def test_dittos_server_averages_uniformly_by_default(stacked, weights, shares):
+    algorithm = Ditto() if weights == "uniform" else Ditto(weights=weights)
+    federation, state = small.make_experiment(algorithm, sizes=(1, 3), stacked=stacked)
+    (group,) = federation.placement.groups
+    trained = federation.clients.trainer.train(group, state.shared, state.personal, 0)
+    ends = {done.client: done.end.shared for done in trained}
+    mean = {n: shares[0] * ends[0][n] + shares[1] * ends[1][n] for n in state.shared}
+    small.assert_near(small.run_rounds(federation, state, 1).shared, mean)
 
 
 @STACK_FIRST

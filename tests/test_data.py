@@ -89,6 +89,20 @@ def test_tiny_imagenet_reads_the_official_folder(tmp_path):
     assert load(Source("tiny_imagenet", root=str(tmp_path), augment="none")).augment == ()
 
 
+def test_tiny_imagenet_is_in_the_order_of_names_and_of_the_annotations(tmp_path):
+    home = tmp_path / "tiny-imagenet-200"
+    for number, name in enumerate(("n10", "n9")):  # as texts, 1 is before 9
+        for file, value in (("n_2", 1), ("n_10", 0)):
+            image = np.full((64, 64, 3), 2 * number + value, np.uint8)
+            save(home / "train" / name / "images" / f"{file}.png", image)
+    for value in (7, 8):
+        save(home / "val" / "images" / f"val_{value}.png", np.full((64, 64, 3), value, np.uint8))
+    (home / "val" / "val_annotations.txt").write_text("val_8.png\tn10\nval_7.png\tn9\n")
+    read = load(Source("tiny_imagenet", root=str(tmp_path)))
+    assert read.train.x[:, 0, 0, 0].tolist() == [0, 1, 2, 3] and read.test.y.tolist() == [0, 1]
+    assert read.test.x[:, 0, 0, 0].tolist() == [8, 7] and read.train.y.tolist() == [0, 0, 1, 1]
+
+
 def image_folder(root, second="val", classes=("ant", "bee"), width=6):
     for side, names in (("train", ("ant", "bee")), (second, classes)):
         for c, name in enumerate(names):

@@ -1,6 +1,7 @@
 """Federated LoRA of clients' own ranks: FedIT, FlexLoRA and FedHL, and what they are built from."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fedlora_mpi.algorithm import Update, Upload
 from fedlora_mpi.algorithms.fedhl import FedHL
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.algorithms.flexlora import FlexLoRA
+from fedlora_mpi.components.lora.rank_weights import WeightMode, rank_weight
 from fedlora_mpi.components.lowrank import right_singular_vectors
 
 RANKS = (1, 2, 4)
@@ -268,7 +270,10 @@ def test_without_training_flexlora_shrinks():
 # FedHL (spec 4.5).
 
 
-@pytest.mark.parametrize("mode", ["paper", "uniform", "samples", "both"])
+MODES = pytest.mark.parametrize("mode", get_args(WeightMode))
+
+
+@MODES
 def test_without_training_fedhl_stays_where_it_is(mode):
     method = FedHL(lora_ranks=RANKS, weight_mode=mode)
     shared = shared_of(method)
@@ -277,13 +282,13 @@ def test_without_training_fedhl_stays_where_it_is(mode):
 
 
 def test_with_equal_ranks_that_hold_all_of_W_fedhl_is_flexlora_with_uniform_weights():
-    flex, hl = FlexLoRA(lora_ranks=(9,)), FedHL(lora_ranks=(9,))
+    flex, hl = FlexLoRA(lora_ranks=(9,)), FedHL(lora_ranks=(9,), weight_mode="uniform")
     ends = [next_round(method, shared_of(method), counts=(5, 5, 5))[0] for method in (flex, hl)]
     for name in SIDES:
         near(ends[0][f"{name}..W"], ends[1][f"{name}..W"], atol=1e-10)
 
 
-@pytest.mark.parametrize("mode", ["paper", "uniform", "samples", "both"])
+@MODES
 def test_fedhl_is_its_mean_of_products_plus_what_truncation_took(mode):
     method = FedHL(lora_ranks=RANKS, weight_mode=mode, eps=0.1)
     shared = shared_of(method)
@@ -323,45 +328,105 @@ def lost(shared, r):
     return total
 
 
-def test_the_weights_are_those_of_theorem_3():
+def whole(shared):
+    """||W||^2 over the layers."""
+    return sum(float(shared[f"{n}..W"].square().sum()) for n in SIDES)
+
+
+def test_the_weights_of_each_mode_are_those_of_its_formula():
     method = FedHL(lora_ranks=RANKS, eps=0.5)
     shared = shared_of(method)
     _, uploads = next_round(method, shared)
-    raw = [1 / (lost(shared, r) ** 2 + 0.5) for r in RANKS]
-    p = weights(method, shared, uploads)
-    assert p == pytest.approx([w / sum(raw) for w in raw], rel=1e-9)
-    assert p == sorted(p) and sum(p) == pytest.approx(1)
-
-
-def test_other_weights():
-    shared = shared_of(method := FedHL(lora_ranks=RANKS, eps=0.5))
-    _, uploads = next_round(method, shared)
-
-    def at(**fields):
-        return weights(replace(method, **fields), shared, uploads)
-
-    assert at(weight_mode="uniform") == pytest.approx([1 / 3] * 3)
-    assert at(weight_mode="samples") == pytest.approx([0.1, 0.2, 0.7])
-    both = [count / (lost(shared, r) ** 2 + 0.5) for r, count in zip(RANKS, COUNTS, strict=True)]
-    assert at(weight_mode="both") == pytest.approx([w / sum(both) for w in both])
-    whole = sum(float(shared[f"{n}..W"].square().sum()) for n in SIDES)
-    eased = [1 / (lost(shared, r) ** 2 + 0.5 + 0.2 * whole**2) for r in RANKS]
-    assert at(eps_relative=0.2) == pytest.approx([w / sum(eased) for w in eased])
+    total, clients = whole(shared), [*zip([lost(shared, r) for r in RANKS], COUNTS, strict=True)]
+    for fields, expected in (
+        ({}, [n / (t / total + 0.3) for t, n in clients]),
+        ({"tau": 0.01}, [n / (t / total + 0.01) for t, n in clients]),
+        ({"weight_mode": "samples"}, COUNTS),
+        ({"weight_mode": "uniform"}, [1, 1, 1]),
+        ({"weight_mode": "inverse"}, [1 / (t + 0.5) for t, _ in clients]),
+        ({"weight_mode": "fedhera"}, [1 / (t**2 + 0.5) for t, _ in clients]),
+        ({"weight_mode": "fedhera_samples"}, [n / (t**2 + 0.5) for t, n in clients]),
+    ):
+        p = weights(replace(method, **fields), shared, uploads)
+        assert p == pytest.approx([w / sum(expected) for w in expected], rel=1e-9), fields
+    for mode, power in (("inverse", 1), ("fedhera", 2)):
+        eased = [1 / (t**power + 0.5 + 0.2 * total**power) for t, _ in clients]
+        p = weights(replace(method, weight_mode=mode, eps_relative=0.2), shared, uploads)
+        assert p == pytest.approx([w / sum(eased) for w in eased], rel=1e-9)
 
 
 def test_a_layer_may_have_weights_of_its_own():
-    method = FedHL(lora_ranks=RANKS, eps=0.5, per_layer=True)
+    method = FedHL(lora_ranks=RANKS, per_layer=True)
     shared = shared_of(method)
     _, uploads = next_round(method, shared)
-    tails = [float(torch.linalg.svdvals(shared["u..W"])[r:].square().sum()) for r in RANKS]
-    raw = [1 / (t**2 + 0.5) for t in tails]
+    squares = torch.linalg.svdvals(shared["u..W"]).square()
+    raw = [
+        n / (float(squares[r:].sum() / squares.sum()) + 0.3)
+        for r, n in zip(RANKS, COUNTS, strict=True)
+    ]
     assert weights(method, shared, uploads) == pytest.approx([w / sum(raw) for w in raw])
 
 
-def test_equal_ranks_are_equal_weights_whatever_the_samples():
-    method = FedHL(lora_ranks=(2,))
+@pytest.mark.parametrize("mode", ["drift", "samples", "uniform", "inverse", "fedhera"])
+def test_equal_ranks_get_n_k_or_equal_weights(mode):
+    method = FedHL(lora_ranks=(2,), weight_mode=mode)
     shared = shared_of(method)
-    assert weights(method, shared, next_round(method, shared)[1]) == pytest.approx([1 / 3] * 3)
+    p = weights(method, shared, next_round(method, shared)[1])
+    expected = [n / 100 for n in COUNTS] if mode in ("drift", "samples") else [1 / 3] * 3
+    assert p == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("tau", [0.3, 0.01])
+def test_drift_bounds_the_weight_of_a_client_whose_rank_holds_all_of_w(tau):
+    method = FedHL(lora_ranks=(9, 1, 2), tau=tau)
+    shared = shared_of(method)
+    p = weights(method, shared, next_round(method, shared)[1])
+    for k, r in ((1, 1), (2, 2)):
+        ratio = (p[0] / COUNTS[0]) / (p[k] / COUNTS[k])
+        assert ratio == pytest.approx((lost(shared, r) / whole(shared) + tau) / tau)
+        assert 1 < ratio <= (1 + tau) / tau
+    steep = weights(replace(method, weight_mode="fedhera"), shared, next_round(method, shared)[1])
+    assert steep[0] > 0.999
+
+
+def drift_weights(t, counts, tau):
+    """p_k of the mode drift for clients of these t_k / ||W||^2."""
+    parts = torch.stack([t, torch.zeros_like(t), torch.ones_like(t)], 1)
+    raw = [
+        n * rank_weight("drift", part, tau, 1.0, 0.0) for n, part in zip(counts, parts, strict=True)
+    ]
+    return torch.stack(raw) / sum(raw)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_drift_is_the_least_of_the_terms_of_the_descent_lemma(equal):
+    n, L, s, zeta = 6, 1.7, 0.4, 0.9
+    draws = torch.Generator().manual_seed(5)
+    t = torch.rand(n, dtype=torch.float64, generator=draws)
+    counts = torch.ones(n) if equal else torch.tensor([1.0, 3, 2, 7, 4, 5])
+    q = counts.double() / counts.sum()
+
+    def by_q(p):
+        """The terms of the docstring."""
+        noise_and_drift = (p**2 / q * (L**2 * t + s)).sum(-1)
+        return noise_and_drift + zeta**2 * ((p - q) ** 2 / q).sum(-1)
+
+    def by_n(p):
+        """Those with the factor N of Cauchy and Schwarz instead of 1 / q_k."""
+        truncation = n * L**2 * (p**2 * t).sum(-1) + s * (p**2).sum(-1)
+        return truncation + zeta**2 * ((p - q) ** 2 / q).sum(-1)
+
+    p = drift_weights(t, counts, tau=(zeta**2 + s) / L**2)
+    other = q / (zeta**2 + q * (n * L**2 * t + s))
+    cases = [(by_q, p), (by_n, other / other.sum())]
+    if equal:  # then both are of one form, s counts 1 / N
+        same = drift_weights(t, counts, tau=(zeta**2 + s / n) / L**2)
+        torch.testing.assert_close(same, cases[1][1], rtol=1e-12, atol=0)
+    for terms, best in cases:
+        moves = torch.randn(20_000, n, dtype=torch.float64, generator=draws)
+        moves = moves - moves.mean(1, keepdim=True)  # the sum of p stays 1
+        for size in (1e-3, 0.1):
+            assert (terms(best + size * moves) > terms(best)).all()
 
 
 def test_what_truncation_takes_falls_with_the_rank_and_is_that_of_the_matrices():
@@ -394,15 +459,21 @@ def test_the_diagnosis_of_fedhl_is_what_it_says():
     assert uniform["effective_clients"] == pytest.approx(3)
 
 
-def test_the_weights_of_round_1_are_uniform_and_every_b_has_a_gradient():
+@pytest.mark.parametrize("mode", ["drift", "inverse", "fedhera"])
+def test_the_weights_of_round_1_ignore_ranks_and_every_b_has_a_gradient(mode):
     moments = run_rounds(
         "algorithm=fedhl",
+        f"algorithm.weight_mode={mode}",
         NORM,
         "algorithm.lora_ranks=[1,2,4]",
         "algorithm.alpha=2",
         "algorithm.diagnose=true",
     )[0]
-    assert moments[1].row["effective_clients"] == pytest.approx(4)
+    federation = build_tiny("algorithm=fedhl").federation
+    weights, cohort = federation.clients.weights, federation.cohorts.sample(0).members
+    n = np.array([weights[client] for client in cohort], float)
+    effective = n.sum() ** 2 / (n**2).sum() if mode == "drift" else 4
+    assert moments[1].row["effective_clients"] == pytest.approx(effective)
     begin = moments[0].shared
     assert not begin["conv.weight..B"].any() and begin["conv.weight..A"].norm(dim=1).min() > 0
     assert moments[1].shared["conv.weight..W"].norm() > 0

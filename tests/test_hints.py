@@ -7,10 +7,12 @@ from small import make_model
 
 from fedlora_mpi.algorithm import LocalTraining
 from fedlora_mpi.algorithms import algorithm_names, find_algorithm
+from fedlora_mpi.algorithms.fedhl import FedHL
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.fedrep import FedRep
 from fedlora_mpi.algorithms.pfedlora import PFedLoRA
-from fedlora_mpi.experiment.hints import run_hints, untrained_parts
+from fedlora_mpi.algorithms.pfedme import PFedMe
+from fedlora_mpi.experiment.hints import method_doubts, run_hints, untrained_parts
 from fedlora_mpi.store.reader import RunFiles
 
 IID = ["data.partition.kind=iid", "data.partition.train=20", "data.partition.test=5"]
@@ -29,6 +31,49 @@ def test_no_method_is_doubtful_by_default(name):
     if name in ("fml", "fedkd", "fedapen"):
         fields["small"] = "small:cnn"
     assert doubts(find_algorithm(name)(**fields), epochs=5) == []
+
+
+@pytest.mark.parametrize(
+    "method, train, expected",
+    [
+        (PFedMe(), {"lr": 0.005}, []),
+        (PFedMe(), {"lr": 1 / 15}, []),
+        (
+            PFedMe(),
+            {"lr": 0.1},
+            [
+                "pfedme: train.lr = 0.1 with lam = 15: w_i overshoots theta_i by 0.5 of their "
+                "distance; authors: 0.005"
+            ],
+        ),
+        (FedHL(), {}, []),
+        (FedHL(weight_mode="samples"), {}, []),
+        (FedHL(weight_mode="fedhera", eps_relative=0.01), {}, []),
+        *(
+            (
+                FedHL(weight_mode=mode),
+                {},
+                [
+                    f"fedhl: weight_mode = {mode}: a client whose rank holds all of W gets nearly "
+                    "the whole weight; drift bounds it"
+                ],
+            )
+            for mode in ("inverse", "fedhera", "fedhera_samples")
+        ),
+    ],
+)
+def test_what_a_method_allows_but_doubts_is_a_hint(method, train, expected):
+    settings = LocalTraining(momentum=0.0, **train)
+    assert method_doubts(method, make_model("bn_net"), settings) == expected
+
+
+def test_a_run_tells_what_its_method_doubts_and_records_it(call, tmp_path):
+    run = tmp_path / "run"
+    settings = ("algorithm=pfedme", "train.lr=0.1", "train.momentum=0", "rounds=1")
+    code, _, err = call("run", TINY, *settings, f"output={run}")
+    hints = [line for line in err.splitlines() if "overshoots" in line]
+    assert code == 0 and len(hints) == 1 and "UserWarning" not in err
+    assert RunFiles(run).hints == [hints[0].removeprefix("hint: ")]
 
 
 def test_epochs_that_leave_none_for_the_shared_part_are_told_with_their_keys():

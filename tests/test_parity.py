@@ -95,7 +95,9 @@ TUNING = {
     "rank_shares": (), "capacities": (), "layers": ("*",), "full": ("head",), "diagnose": False,
 }  # fmt: skip
 JUDGED = {"judged": "client", **TUNING}
-AMP = {"decay_every": 1, "alpha_min": 0.0, "convex": False, "start": "own"}
+AMP = {
+    "decay_every": 1, "alpha_min": 0.0, "convex": False, "cloud_alpha": "current", "start": "own",
+}  # fmt: skip
 
 CASES = {
     "fedavg": Case(FedAvg, references.fedavg, {}, MEAN),
@@ -168,8 +170,8 @@ CASES = {
         references.fedhl,
         {"eps": 0.01, **RANKS},
         {
-            "weight_mode": "paper", "eps_relative": 0.0, "per_layer": False, "scale": "rank",
-            **JUDGED,
+            "weight_mode": "fedhera", "tau": 0.3, "eps_relative": 0.0, "per_layer": False,
+            "scale": "rank", **JUDGED,
         },
         products,
     ),

@@ -327,6 +327,38 @@ def test_the_gate_learns_at_its_own_rate(stacked):
 
 
 @STACK_FIRST
+def test_the_gate_decays_at_the_rate_of_theta(stacked):
+    ends = {}
+    for weight_decay in (0.0, 0.5):
+        train = replace(small.TRAIN, batch_size=20, epochs=1, weight_decay=weight_decay)
+        made = small.make_trainer(PFedGate(gate_lr=0.4), "bn_net", train=train, stacked=stacked)
+        v = moving(made)
+        (done,) = made.train([0], v.shared, small.repeat_rows(v.personal, 1), 0)
+        ends[weight_decay] = small.clone_tree(done.end.personal)
+    for name in (".gate.weight", ".gate.in.means", ".gate.out.weight"):
+        decay = ends[0.0][name] - ends[0.5][name]
+        expected = small.TRAIN.lr * 0.5 * v.personal[name]
+        torch.testing.assert_close(decay, expected, rtol=1e-3, atol=1e-6)
+
+
+@STACK_FIRST
+def test_theta_is_averaged_without_the_multipliers(stacked):
+    federation, state = small.make_experiment(PFedGate(), "bn_net", sizes=(7, 7), stacked=stacked)
+    (group,) = federation.placement.groups
+    trained = federation.clients.trainer.train(group, state.shared, state.personal, 0)
+    ends = [done.end for done in trained]
+    mean = {n: sum(end.shared[n] for end in ends) / 2 for n in state.shared}
+    gated = {
+        n: sum(
+            federation.algorithm.client_model(federation.clients.trainer.model, e)[n] for e in ends
+        )
+        for n in mean
+    }
+    assert (gated["fc.weight"] / 2 - mean["fc.weight"]).abs().max() > 0.01
+    small.assert_near(small.run_rounds(federation, state, 1).shared, mean)
+
+
+@STACK_FIRST
 def test_what_the_gate_keeps_of_the_data_does_not_decay(stacked):
     kept = []
     for weight_decay in (0.0, 0.5):

@@ -175,6 +175,14 @@ def test_the_settings_that_a_table_varies():
     assert config("fig4", "lora_epochs5").algorithm.lora_epochs == 5
 
 
+@pytest.mark.parametrize("scale", [FULL_SCALE, SMALL_SCALE])
+def test_table_1_has_the_published_fedamp_and_the_fedrod_of_fedloras_authors(scale):
+    blocks = {e.key: dict(e.algorithm) for e in table_entries("table1", AT, scale)}
+    assert blocks["fedamp"].pop("decay_every") == (30 if scale is FULL_SCALE else 2)
+    assert blocks["fedamp"] == {"name": "fedamp", "convex": False}
+    assert blocks["fedrod"] == {"name": "fedrod", "personal_trains_body": True}
+
+
 def test_schedules_in_rounds_shrink_with_the_scale():
     beta = {
         scale: next(e for e in table_entries("table1", AT, scale) if e.key == "fedcac")

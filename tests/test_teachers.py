@@ -365,6 +365,21 @@ def test_moon_without_a_difference_between_its_teachers_is_fedavg():
     assert loss - ce == pytest.approx(5.0 * torch.tensor(2.0).log().item(), rel=1e-5)
 
 
+@STACK_FIRST
+def test_the_first_negative_of_a_late_client_is_the_initial_model_not_the_received_one(stacked):
+    federation, state = small.make_experiment(MOON(), "bn_net", participation=0.6, stacked=stacked)
+    initial = federation.clients.trainer.model.initial
+    state = small.run_rounds(federation, state, 1)
+    late = next(c for c in range(5) if c not in federation.cohorts.sample(0).members)
+    row = federation.placement.row_of_client[late]
+    personal = {n: v[[row]] for n, v in state.personal.items()}
+    (done,) = federation.clients.trainer.train([late], state.shared, personal, 1)
+    for name, value in done.start.personal.items():
+        name = name.removeprefix(".own.")
+        assert torch.equal(value, initial[name])
+        assert not torch.equal(done.start.shared[name], initial[name])
+
+
 def test_moon_refuses_a_network_that_does_not_end_in_a_linear():
     layers = nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     model = from_module(nn.Sequential(*layers), 6, small.SHAPE)

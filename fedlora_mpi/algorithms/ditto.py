@@ -4,18 +4,20 @@ Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", 
 https://arxiv.org/abs/2012.04221, Algorithm 1. w is the shared model as received. v_i is the
 client's personal model, which is kept between rounds:
 
-    w_i  <-  argmin F_i(w_i) from w                       w  <-  sum_i (n_i / n) w_i
+    w_i  <-  argmin F_i(w_i) from w                       w  <-  (1/N) sum_i w_i
     v_i  <-  v_i - eta (grad F_i(v_i) + lam (v_i - w))    on the same batches
 
 Predictions are those of v_i.
 
 BatchNorm: v_i has its own running statistics, which are not pulled. Those of w are averaged. Bytes
-per client and round: all leaves up, all leaves down. Deviations: none. The default lam is that of
-the authors' FMNIST script; their code can also choose among 0.1, 1 and 2 by validation loss. PFLlib
-trains v_i first, in separate epochs (``plocal_epochs``), and calls lam mu.
+per client and round: all leaves up, all leaves down. Deviations: none. The mean is uniform, as in
+the authors' server (``simple_average``); PFLlib weighs by samples (``weights: samples``). The
+default lam is that of the authors' FMNIST script; their code can also choose among 0.1, 1 and 2 by
+validation loss. PFLlib trains v_i first, in separate epochs (``plocal_epochs``), and calls lam mu.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Generator, Tensor
 
@@ -29,10 +31,13 @@ from ..models.network import Model
 
 @dataclass(frozen=True)
 class Ditto(Averaging):
-    """With ``lam: 0``, v_i trains as in Local. w is that of FedAvg for every ``lam``."""
+    """With ``lam: 0``, v_i trains as in Local. w is that of FedAvg with the same ``weights``, for
+    every ``lam``.
+    """
 
-    # [1] weight of the pull of v_i towards w; default: the authors' FMNIST script
-    lam: float = 1.0
+    # default: the authors' server
+    weights: Literal["samples", "uniform"] = field(default="uniform", kw_only=True)
+    lam: float = 1.0  # [1] weight of the pull towards w; default: the authors' FMNIST script
 
     def __post_init__(self) -> None:
         bounded(self, lam="[0, inf)")

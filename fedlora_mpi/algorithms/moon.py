@@ -17,7 +17,9 @@ statistics, as in the authors' code (PFLlib and Fling: in training mode). Bytes 
 round: all leaves up and down; the previous model stays on the client. Deviations: z is the input of
 the classifier. The authors insert two Linear layers (out 256) before the classifier and take z
 after them. A client keeps one previous model, as with the authors' ``model_buffer_size`` 1. The
-default mu is the authors' value for CIFAR-10.
+default mu is the authors' value for CIFAR-10. Their code has no l_con in round 1. If a client first
+takes part later, its z_prev there comes from a random network of its own, and here from the common
+initial model: all clients start equal, and either network has learned nothing.
 """
 
 from dataclasses import dataclass

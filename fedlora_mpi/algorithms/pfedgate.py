@@ -6,9 +6,8 @@ ICML 2023, https://arxiv.org/abs/2305.02776. Each parameter tensor of theta is c
 inputs:
 
     g(x) = sigmoid(BatchNorm(W SwitchNorm(x))) in (0, 1)^L      M = mean over the batch of g(x)
-    theta_i = theta * M, run by run
-    theta, phi_i <- descend on CE(theta_i) at once, phi_i with gate_lr
-    theta <- sum_i (n_i / n) theta_i;  phi_i never leaves client i
+    theta_i, phi_i <- descend on CE(theta_i * M) from theta, phi_i with gate_lr; * is run by run
+    theta <- sum_i (n_i / n) theta_i, without M;  phi_i never leaves client i
 
 With sparsity s < 1 some runs are dropped, that is, count as zero. Let s_min = min(max(1 / blocks,
 0.1), s). The first run of every tensor always stays. The other runs are selected greedily,
@@ -22,8 +21,9 @@ BatchNorm: the network's affine parameters are scaled like all others and its st
 averaged; the gate's statistics are the client's own. Bytes per client and round: all leaves of the
 model up and down, for every s. Deviations: the client predicts with one M, computed over all its
 training samples (client_level_adapt of the official code). Otherwise the official code computes M
-for each batch of test samples, so a prediction depends on the other samples of the batch. Not
-implemented: clipping of gradient norms at 10, a separate layer for the multipliers
+for each batch of test samples, so a prediction depends on the other samples of the batch. As one
+step trains both, the gate's weight decay has train.lr (there, in an optimizer of its own, gate_lr).
+Not implemented: clipping of gradient norms at 10, a separate layer for the multipliers
 (seperate_trans), the ReLU on the logits, and the biases of W and of SwitchNorm, which BatchNorm
 cancels.
 """
@@ -97,7 +97,7 @@ class PFedGate(Averaging):
         return self.gated_weights(model, v.shared, v.personal[_M])
 
     def gated_weights(self, model: Model, theta: Tree, M: Tensor) -> Tree:
-        """theta_i: each run of each tensor multiplied by its entry of M [L]."""
+        """theta * M: each run of each tensor multiplied by its entry of M [L]."""
         return scale_runs(theta, cut_tensors(model, self.blocks), M)
 
     def multipliers(self, model: Model, personal: Tree, batch: Batch) -> Tensor:

@@ -302,9 +302,9 @@ class RunView:
 
     @cached_property
     def _parsed_config(self) -> "Config":
-        from ..config import from_dict
+        from ..config import from_recorded
 
-        return from_dict(self.config, str(self.path / "log.h5"))
+        return from_recorded(self.config, str(self.path / "log.h5"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ from ..data.tables import Table
 from ..models import zoo
 from ..privacy.settings import Privacy
 from ..store.files import text_checksum
-from . import blocks
+from . import blocks, former
 from .blocks import ConfigError, Field, Origin, reset_lines
 from .experiment import Config, DataBlock, Faults, Log, ModelBlock, Network
 from .method_settings import method_settings
@@ -143,22 +143,25 @@ def _plain_text(value: Any) -> str:
 
 
 def _read(
-    config_source: str | Path | Mapping[str, Any], overrides: Sequence[str]
+    config_source: str | Path | Mapping[str, Any], overrides: Sequence[str], recorded: bool = False
 ) -> tuple[Config, Origin]:
-    """The result of ``read`` before ``output`` is filled in, and where each key was written."""
-    merged = _merge(config_source, overrides)
+    """The result of ``read`` before ``output`` is filled in, and where each key was written.
+
+    recorded: whether the config is that of a run folder, see ``former.py``.
+    """
+    merged = _merge(config_source, overrides, recorded)
     origin = Origin(source_of(config_source), merged.sources)
     config = replace(_build_config(merged.tree, origin), resets=tuple(reset_lines(merged.resets)))
     return config, origin
 
 
 def _merge(
-    config_source: str | Path | Mapping[str, Any], overrides: Sequence[str]
+    config_source: str | Path | Mapping[str, Any], overrides: Sequence[str], recorded: bool = False
 ) -> blocks.Merged:
     """The keys of a config, its base and the overrides as one tree."""
     path = Path(source_of(config_source))
     keys = {**config_source} if isinstance(config_source, Mapping) else _load_yaml(path)
-    layers = [(keys, str(path))]
+    layers = [(former.add_missing_keys(keys) if recorded else keys, str(path))]
     if "base" in layers[0][0]:
         layers.insert(0, _load_base(layers[0][0].pop("base"), path))
     layers += [(layer, COMMAND_LINE) for layer in _parse_overrides(overrides)]
@@ -235,6 +238,11 @@ def from_dict(mapping: Mapping[str, Any], source: str) -> Config:
     Messages name the mapping ``source``.
     """
     return _build_config(mapping, Origin(source))
+
+
+def from_recorded(mapping: Mapping[str, Any], source: str) -> Config:
+    """``from_dict`` of the resolved config of a run, which an earlier version may have written."""
+    return from_dict(former.add_missing_keys(mapping), source)
 
 
 def resolved_dict(config: Config) -> dict[str, Any]:
@@ -325,7 +333,7 @@ def read_recorded(path: Path, overrides: Sequence[str] = ()) -> Config:
         for line in yaml_text.splitlines()
         if line.startswith(_RESET_PREFIX)
     )
-    config = _read(path, overrides)[0]
+    config = _read(path, overrides, recorded=True)[0]
     return replace(config, resets=recorded + config.resets)
 
 
@@ -352,6 +360,7 @@ def read_recorded_rounds(path: Path, overrides: Sequence[str] = ()) -> int:
 def digest(config: Config) -> str:
     """32 hexadecimal digits, equal for two configs that differ at most in FREE_ON_RESUME."""
     tree = resolved_dict(config)
+    tree["algorithm"] = former.restore_former_block(tree["algorithm"])
     for key in FREE_ON_RESUME:
         block, _, name = key.rpartition(".")
         (tree.get(block, {}) if block else tree).pop(name, None)
@@ -470,7 +479,7 @@ def _build_algorithm(value: Any, key: str, origin: Origin) -> Algorithm:
         raise origin.refusal(key, error) from None
     if mistake := dataclass_mistake(cls):
         raise origin.error(blocks.dotted_key(key, "name"), mistake, name)
-    return blocks.build_block(cls, options, key, origin, owner=name)
+    return blocks.build_block(cls, former.rename_values(name, options), key, origin, owner=name)
 
 
 # Configs and overrides of Python.

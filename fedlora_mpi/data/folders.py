@@ -64,7 +64,10 @@ def read_folder(root: str, image_size: int | None) -> RawData:
 def read_tiny_imagenet(home: str) -> RawData:
     """Read the official folder of Tiny ImageNet.
 
-    Its val folder becomes the test set, because its test folder has no labels.
+    Its val folder becomes the test set, because its test folder has no labels. Classes, and the
+    files of a class, are in the order of their names; test files are in the order of
+    val_annotations.txt. The official FedDecomp code has them in another order, so there the same
+    seed gives the clients other samples, of the same distribution.
     """
     train = os.path.join(home, "train")
     names = _class_names(train)

@@ -1,6 +1,7 @@
-"""What would make a run faster on this node, and what its method leaves out."""
+"""What would make a run faster on this node, what its method leaves out, and what is doubtful."""
 
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 
@@ -73,13 +74,22 @@ _ROUNDS = 4  # rounds whose phases are looked at: some methods alternate between
 
 
 def training_hints(assembly: Assembly) -> list[str]:
-    """What clients never train, a line for each network and rank."""
+    """What clients never train, a line for each network and rank, and what the method doubts."""
     clients, lines = assembly.federation.clients, []
     for client_type in clients.types:
         model, train = client_type.trainer.model, client_type.trainer.settings
+        lines += method_doubts(assembly.federation.algorithm, model, train)
         shared = client_type.local_initial.shared
         lines += untrained_parts(client_type.algorithm, model, train, shared)
     return list(dict.fromkeys(lines))
+
+
+def method_doubts(method: Algorithm, model: Model, train: LocalTraining) -> list[str]:
+    """A line for each warning of the method's ``check``."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        method.check(model, train)
+    return [f"{configs.algorithm_name(method)}: {warning.message}" for warning in caught]
 
 
 def untrained_parts(

@@ -1,6 +1,7 @@
 """What a run is made of, whatever its engine: data, networks, types of clients."""
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
@@ -58,7 +59,8 @@ def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
                     output=network.output,
                 )
             )
-        with prefix_errors(source, "algorithm"):
+        with prefix_errors(source, "algorithm"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ``training_hints`` shows them once
             config.algorithm.check(models[-1], config.train)
     return tuple(models)
 

@@ -29,7 +29,7 @@ FULL_SCALE = Scale(clients=100, train=500, test=100, batch_size=20, epochs=1, ro
 # 10 clients * 200 samples takes from 2 s (narrow) to 6 s (wide) of one core, and 40 % of that at
 # participation 0.4.
 SMALL_SCALE = FULL_SCALE._replace(clients=10, train=200, test=100, rounds=20)
-# on CIFAR-10, FedHL with the paper's weights diverges at 0.05
+# on CIFAR-10, FedHL with ``weight_mode: fedhera`` diverges at 0.05
 LR = {"cifar10": 0.02, "ag_news": 0.05}
 LOGGED_COLUMNS = {  # column of the log -> heading
     "effective_clients": "effective clients",
@@ -171,9 +171,14 @@ def _fedhl_entries(case: FineTuningCase, scale: Scale) -> Iterator[Entry]:
         ("flexlora", "FlexLoRA", on_server | common_scale),
         ("fedhl", "FedHL", on_server | common_scale),
         (
+            "fedhl-fedhera",
+            "FedHL, weights 1 / t^2",
+            on_server | common_scale | {"weight_mode": "fedhera"},
+        ),
+        (
             "fedhl-relative",
             "FedHL, eps 0.01 of W^4",
-            on_server | common_scale | {"eps_relative": 0.01},
+            on_server | common_scale | {"weight_mode": "fedhera", "eps_relative": 0.01},
         ),
         (
             "fedhl-samples",

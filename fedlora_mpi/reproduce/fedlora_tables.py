@@ -90,7 +90,9 @@ def _method_block(name: str, data: str, scale: Scale) -> dict[str, Any]:
         tau, beta = (0.5, 100) if data == "cifar10" else (0.4, 170)
         return {"name": name, "tau": tau, "beta": beta * shrink}
     if name == "fedamp":
-        return {"name": name, "decay_every": max(1, round(30 * shrink))}
+        return {"name": name, "convex": False, "decay_every": max(1, round(30 * shrink))}
+    if name == "fedrod":  # as in Fling, to which FedLoRA's authors contribute
+        return {"name": name, "personal_trains_body": True}
     return _fedlora_block(data) if name == "fedlora" else {"name": name}
 
 

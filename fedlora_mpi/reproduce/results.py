@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import Config, digest, flatten, from_dict
+from ..config import Config, digest, flatten, from_recorded
 from ..engine.settings import Engine
 from ..store.files import StoreError
 from ..store.reader import RunFiles
@@ -105,7 +105,7 @@ def check_folder(job: Job) -> None:
 def _read_config(folder: Path) -> Config | None:
     """The config of a run folder. None if there is none that this version can read."""
     try:
-        return from_dict(RunFiles(folder).config, str(folder))
+        return from_recorded(RunFiles(folder).config, str(folder))
     except ValueError:
         return None
 

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 from ...algorithm import Aggregate, Svd, Update, Variables
 from ...core.names import factor_name, is_factor
@@ -58,10 +57,3 @@ class RedistributedTuning(FineTuning):
         V = svd({n: (w, len(shared[factor_name(n, "A")])) for n, w in W.items()})
         A = {factor_name(n, "A"): v for n, v in V.items()}
         return shared | A | {factor_name(n, "B"): W[n] @ v.T for n, v in V.items()}
-
-
-def tail_energies(W: Tensor, B: Tensor) -> Tensor:
-    """[R + 1]: sum_{j > r} s_j^2 of W for r = 0 to R. s_j is the norm of column j of B = U S."""
-    squares = B.double().square().sum(0)
-    energies = W.double().square().sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
-    return energies.clamp(min=0).to(W.dtype)
