@@ -21,7 +21,6 @@ from torch import Generator, Tensor
 
 from ..algorithm import Batch, LocalTraining, Phase, Step, Variables
 from ..components.averaging import Averaging
-from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
 from ..core.tree import Tree, add_prefix, select_prefix, sq_dist
@@ -52,7 +51,7 @@ class Ditto(Averaging):
             return base_loss(now, start, batch) + self.lam / 2 * penalty
 
         def shared_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            return cross_entropy(model(now.shared, batch.x), batch)
+            return model.loss(model(now.shared, batch.x), batch)
 
         # neither loss reads what the other step updates, so the order does not matter
         steps = (

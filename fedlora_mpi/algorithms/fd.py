@@ -53,6 +53,7 @@ from ..models.network import Model
 class FD(Algorithm):
     """``gamma: 0`` is Local. For the leaves see ``components/outputs.py``."""
 
+    needs_class_labels = True
     weights = "uniform"
     gamma: float = 1.0
     outputs: Literal["probabilities", "logits"] = "probabilities"

@@ -34,7 +34,6 @@ from torch import Generator, Tensor
 from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Upload, Variables, Visit
 from ..components.critical import critical_mask
 from ..components.similarity import squared_distances
-from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
 from ..core.tree import Tree, add_prefix, select_prefix, split
@@ -75,7 +74,7 @@ class FedCAC(Algorithm):
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             # ``combine`` has already combined the mean and the mix
             w = Algorithm.client_model(self, model, now)
-            return cross_entropy(model(w, batch.x), batch)
+            return model.loss(model(w, batch.x), batch)
 
         def mark_critical(start: Variables, now: Variables, data: Batch) -> Variables:
             w = {n: now.shared[n] for n in select_prefix(now.personal, _OWN)}

@@ -55,6 +55,7 @@ from ..models.network import Model
 class FedPAC(Algorithm):
     """The ``head_epochs`` come first; all of ``train.epochs`` then train the body."""
 
+    needs_class_labels = True
     evaluate_on = "after_training"
     lam: float = 1.0
     head_epochs: int = 1

@@ -41,6 +41,7 @@ class FedRoD(Averaging):
     = g.
     """
 
+    needs_class_labels = True
     gamma: float = 1.0
     head: Literal["copy", "zero"] = "copy"
     personal_trains_body: bool = False

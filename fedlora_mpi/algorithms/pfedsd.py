@@ -39,6 +39,7 @@ _OWN, _HAS_TEACHER = method_leaf_name("own"), method_leaf_name("taught")
 class PFedSD(Algorithm):
     """``weights: uniform`` follows the authors' code."""
 
+    needs_class_labels = True
     evaluate_on = "after_training"
     lam: float = 0.5
     temperature: float = 3.0

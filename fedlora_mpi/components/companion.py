@@ -27,6 +27,7 @@ class Companion(Algorithm):
     g, any that a config's ``model.name`` may be. Clients count equally, as in the authors' codes.
     """
 
+    needs_class_labels = True
     small: str = "cnn5"
     weights: Literal["samples", "uniform"] = "uniform"
     absent: Literal["exclude", "stale"] = "exclude"

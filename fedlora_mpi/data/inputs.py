@@ -1,6 +1,6 @@
 """Hold the training or the test set on the training device, one class per kind of input.
 
-Each class holds labels [M] and the inputs in their most compact form. ``read`` gathers samples of
+Each class holds targets ([M] classes, or [M, k]) and the inputs in their most compact form. ``read`` gathers samples of
 clients in the form that a network takes. The rest of the feed only handles indices.
 """
 
@@ -22,7 +22,8 @@ class Store(Protocol):
         """How many numbers a sample has when it is read."""
 
     def read(self, rows: Tensor, warps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return inputs [C, B, ...] and labels [C, B] of the samples ``rows`` [C, B]."""
+        """Return inputs [C, B, ...] and targets [C, B] or [C, B, k] of the samples ``rows`` [C, B].
+        """
 
 
 class Images(NamedTuple):
