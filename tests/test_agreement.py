@@ -436,7 +436,9 @@ def test_shuffled_texts_with_the_same_labels_and_words_are_refused(tmp_path, mon
     assert main(["run", str(TINY), *options, "output=out"]) == 0, capsys.readouterr().err
     write([*range(2, 24), 0, 1])
     assert main(["resume", "out", "rounds=2"]) == 2
-    assert "training samples: not the same as when the run began (log.h5)" in capsys.readouterr().err
+    assert (
+        "training samples: not the same as when the run began (log.h5)" in capsys.readouterr().err
+    )
 
 
 def test_a_network_of_other_first_weights_or_of_another_kind_is_refused_on_a_resume(

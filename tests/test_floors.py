@@ -135,7 +135,12 @@ def test_a_run_never_imports_the_analysis():
     trees, met, ahead = (
         parsed(),
         set(),
-        [("experiment", "loop"), ("experiment", "assembly"), ("federation", "round"), ("plan", "__init__")],
+        [
+            ("experiment", "loop"),
+            ("experiment", "assembly"),
+            ("federation", "round"),
+            ("plan", "__init__"),
+        ],
     )
     while ahead:
         parts = ahead.pop()

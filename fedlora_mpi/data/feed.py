@@ -47,8 +47,9 @@ class Epoch:
         """Return positions first to first + width of the first ``count`` clients as one batch.
 
         x [count, width, ...] is as the store reads it (images: float32, x[c] in channels_last).
-        y is [count, width], or [count, width, k] if the targets are no classes, key [count]. real [count, width] is False beyond a client's last sample
-        and None if nothing is padding. The call does not wait for the device.
+        y is [count, width], or [count, width, k] if the targets are no classes; key [count]. real
+        [count, width] is False beyond a client's last sample and None if nothing is padding. The
+        call does not wait for the device.
         """
         self.on_batch()
         x, y = self._read(count, first, width, 1)

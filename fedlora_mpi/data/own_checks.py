@@ -39,7 +39,8 @@ class CheckedData(NamedTuple):
 def check(own: OwnData, setting: str, wanted: Targets | None = "classes") -> CheckedData:
     """Return the data set of these arrays; ``setting`` begins a message: "key = value".
 
-    wanted: what y must hold; None: classes, labels or numbers, whichever it is. Raises ValueError with the name of the array that does not fit.
+    wanted: what y must hold; None: classes, labels or numbers, whichever it is. Raises ValueError
+    with the name of the array that does not fit.
     """
     x_train, x_test = (_inputs(setting, name, getattr(own, name)) for name in ("x_train", "x_test"))
     if (x_train.shape[1:], x_train.dtype) != (x_test.shape[1:], x_test.dtype):

@@ -103,9 +103,7 @@ def check_metrics(names: Sequence[str], targets: Targets, outputs: int) -> None:
                 f"{targets}; choose among {', '.join(allowed)}"
             )
         if outputs < metric.least_outputs:
-            raise ValueError(
-                f"metrics = {name}: is always 1 with {outputs} classes; leave it out"
-            )
+            raise ValueError(f"metrics = {name}: is always 1 with {outputs} classes; leave it out")
     if names:
         try:
             import sklearn.metrics  # noqa: F401

@@ -79,8 +79,9 @@ def rehearse_engine(
     """Return ``engine``, or the loop with a hint to the user if one of the ``candidates`` needs it.
 
     requested: the engine of the config; candidates: name, trainer and variables in round 1 of each
-    network; method, loss: the names of the method and of the loss. Raises ValueError if not even the loop trains, if the
-    config requests a stack and a network cannot train in one, or for a mistake of a user's method.
+    network; method, loss: the names of the method and of the loss. Raises ValueError if not even
+    the loop trains, if the config requests a stack and a network cannot train in one, or for a
+    mistake of a user's method.
     """
     for name, trainer, initial in candidates:
         try:

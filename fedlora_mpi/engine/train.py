@@ -69,7 +69,7 @@ class ClientResult(NamedTuple):
     start: Variables  # before the first phase
     end: Variables  # after the last phase or visit
     loss: Tensor  # [] mean training loss of the last epoch, on the host
-    # the columns of ``Trainer.score_clients`` for the client's own model at this moment, on the host
+    # [3 + m] of the client's own model at this moment, as ``Trainer.score_clients`` has them
     score: Tensor | None
     host_personal: Tree  # ``end.personal`` on the host
 
@@ -222,9 +222,7 @@ class Trainer:
         """
         model = self.model.eval_mode()
 
-        def score_one(
-            shared: Tree, personal: Tree, *batch: Tensor | None
-        ) -> tuple[Tensor, Tensor]:
+        def score_one(shared: Tree, personal: Tree, *batch: Tensor | None) -> tuple[Tensor, Tensor]:
             v, batch = Variables(shared, personal), Batch._make(batch)
             with model.evaluation_context(batch):
                 logits = self.algorithm.logits(model, v, batch.x)

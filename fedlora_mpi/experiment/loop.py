@@ -358,7 +358,6 @@ class _Rounds:
             sink.append(round_, row, clients, ranks)
         self._progress.show(round_, row)
 
-
     def _tell_metrics(self, undefined: Mapping[str, Sequence[int]]) -> None:
         """Say on stderr, once, which clients have no value of a metric."""
         for name, clients in undefined.items():

@@ -107,7 +107,8 @@ def split_data(config: Config, source: str, data: Data) -> Split:
                 f"partition.kind = {configs.partition_kind(partition)}: needs a class of each "
                 f"sample, and the targets are {data.targets}; choose iid, quantity or given"
             )
-        return partition.split(*data.class_labels, data.label_classes, **owners)
+        train_y, test_y = data.class_labels
+        return partition.split(train_y, test_y, data.label_classes, **owners)
 
 
 class Parts(NamedTuple):
