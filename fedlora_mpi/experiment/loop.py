@@ -349,7 +349,7 @@ class _Rounds:
         if not self._log:
             return
         _warn_of_numbers(round_, row)
-        self._tell_metrics(row.pop("undefined_metrics"))
+        self._tell_metrics(row.pop("undefined_metrics", {}))
         if "skipped" in row:
             row["skipped"] = len(row["skipped"])
         del row["nan_clients"]

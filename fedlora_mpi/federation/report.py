@@ -44,11 +44,12 @@ def report(
     row |= {name: _nanmean(column) for name, column in scores.columns.items()}
     row["nan_predictions"] = _nanmean(scores.nan_predictions)
     row["nan_clients"] = np.flatnonzero(scores.nan_predictions > 0).tolist()
-    is_evaluated = ~np.isnan(scores.nan_predictions)
-    row["undefined_metrics"] = {
-        name: np.flatnonzero(np.isnan(scores.columns[name]) & is_evaluated).tolist()
-        for name in federation.metrics
-    }
+    if federation.metrics:
+        is_evaluated = ~np.isnan(scores.nan_predictions)
+        row["undefined_metrics"] = {
+            name: np.flatnonzero(np.isnan(scores.columns[name]) & is_evaluated).tolist()
+            for name in federation.metrics
+        }
     row |= {f"seconds_{name}": t for name, t in federation.instruments.seconds.items()}
     row["seconds_ranks"] = scores.seconds
     return row, scores.columns
