@@ -282,6 +282,13 @@ def judged(cls: type[Algorithm]) -> str:
     )
 
 
+def targets(algorithm: Algorithm) -> str:
+    """Which targets, and so which ``model.loss``, the method works with."""
+    if algorithm.needs_class_labels:
+        return "classes: a class of each sample, so `model.loss: cross_entropy`"
+    return "any `model.loss`"
+
+
 def mean(algorithm: Algorithm, model: Model) -> str:
     """How clients, present and absent, count in the mean."""
     first = algorithm.init(model, rng(1, "init"))
@@ -387,6 +394,7 @@ def facts(name: str, model: Model) -> Iterator[str]:
     yield f"| bytes down | {equal('down') if counted.down else 'none'} |"
     yield f"| judged | {judged(cls)} |"
     yield f"| mean | {mean(algorithm, model)} |"
+    yield f"| targets | {targets(algorithm)} |"
     yield f"| settings | {', '.join(_settings(algorithm)) or 'none of its own'} |"
     yield ""
     yield "```text"

@@ -14,6 +14,7 @@ from .. import config as configs
 from ..config import Config
 from ..core.disk_errors import explain_write_errors
 from ..core.escapes import escape_line
+from ..core.losses import CROSS_ENTROPY
 from ..core.paths import expand_home
 from ..federation.federation import State
 from ..federation.round import run_round
@@ -299,7 +300,11 @@ class _Rounds:
     ) -> None:
         self._assembly, self._config, self._folder = assembly, assembly.config, folder
         self._stop_requests, self._log, self._sinks = stop_requests, log, sinks
-        self._progress = Progress(assembly.config.rounds, first_round)
+        config = assembly.config
+        test_loss = () if config.model.loss == CROSS_ENTROPY.name else ("loss",)
+        self._progress = Progress(
+            config.rounds, first_round, (*test_loss, *config.evaluate.metrics)
+        )
         self._logged_round, self._stops = first_round, False
         self._told_metrics: set[str] = set()
 
