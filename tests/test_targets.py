@@ -22,6 +22,7 @@ SPLIT = "data.partition={kind: iid, clients: 3, train: 9, test: 7}"
 SMALL = (SPLIT, "rounds=2", "participation=1", "train.epochs=1", "algorithm=fedavg")
 NUMBERS = ("data.dataset=targets:numbers", "model.loss=mse", *SMALL)
 LABELS = ("data.dataset=targets:labels", "model.loss=bce", *SMALL)
+ONE_ROUND = ("rounds=1", "train.epochs=4")
 METHODS = algorithms.algorithm_names()
 OF_CLASSES = [n for n in METHODS if algorithms.find_algorithm(n).needs_class_labels]
 
@@ -244,7 +245,7 @@ def test_a_loss_without_a_rule_for_vmap_trains_one_by_one_with_a_hint(capsys):
     ],
 )
 def test_a_method_that_needs_no_classes_trains_on_numbers(name):
-    row = last_round(*NUMBERS, "rounds=1", f"algorithm={name}", "train.momentum=0").row
+    row = last_round(*NUMBERS, *ONE_ROUND, f"algorithm={name}", "train.momentum=0").row
     assert np.isfinite([row["train_loss"], row["loss"]]).all()
 
 
@@ -259,8 +260,8 @@ def test_a_method_that_needs_no_classes_trains_on_numbers(name):
 def test_a_method_that_says_so_does_need_classes(name, monkeypatch):
     monkeypatch.setattr(algorithms.find_algorithm(name), "needs_class_labels", False)
     small = ["algorithm.small=cnn"] if name in ("fml", "fedkd", "fedapen") else []
-    with pytest.raises((ValueError, IndexError, RuntimeError, Refusal)):
-        run_rounds.__wrapped__(*NUMBERS, "rounds=1", f"algorithm={name}", *small)
+    with pytest.raises((ValueError, IndexError, RuntimeError)):
+        run_rounds.__wrapped__(*NUMBERS, *ONE_ROUND, f"algorithm={name}", *small)
 
 
 def test_fedavg_needs_no_classes():
