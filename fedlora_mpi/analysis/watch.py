@@ -17,8 +17,8 @@ from ..core.units import format_seconds
 from ..store.files import StoreError
 from ..store.lock import is_held
 from ..store.reader import RunFiles
-from .scores import score_names
 from .load import RankLoad, measure_load
+from .scores import score_names
 
 Line = list[tuple[str, str]]  # parts of a line: (text, style of rich)
 
