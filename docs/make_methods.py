@@ -283,6 +283,13 @@ def judged(cls: type[Algorithm]) -> str:
     )
 
 
+def targets(algorithm: Algorithm) -> str:
+    """Which targets, and so which ``model.loss``, the method works with."""
+    if algorithm.needs_class_labels:
+        return "classes: a class of each sample, so `model.loss: cross_entropy`"
+    return "any `model.loss`"
+
+
 def mean(algorithm: Algorithm, model: Model) -> str:
     """How clients, present and absent, count in the mean."""
     first = algorithm.init(model, rng(1, "init"))
@@ -388,6 +395,7 @@ def facts(name: str, model: Model) -> Iterator[str]:
     yield f"| bytes down | {equal('down') if counted.down else 'none'} |"
     yield f"| judged | {judged(cls)} |"
     yield f"| mean | {mean(algorithm, model)} |"
+    yield f"| targets | {targets(algorithm)} |"
     yield ""
     yield from _settings(cls)
     yield ""

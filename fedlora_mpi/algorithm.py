@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Generator, Tensor
 
-from .core.batch import Batch, cross_entropy
+from .core.batch import Batch
 from .core.bounds import bounded
 from .core.former_hooks import FORMER_HOOKS, refuse_former_hooks
 from .core.names import factors_by_weight
@@ -267,6 +267,8 @@ class Algorithm:
     held_out: fraction of each client's training samples that only phases with ``held_out`` use,
         without augmentation. They are the same samples in all rounds of a task.
     metrics: names of the numbers that ``server_update`` returns for the log.
+    needs_class_labels: whether the method needs a class of each sample. Others work with any
+        ``model.loss``.
     """
 
     # weight of a client's upload in the mean: its training samples, or the same for all clients;
@@ -278,6 +280,7 @@ class Algorithm:
     evaluate_on: EvaluatedModel = "after_aggregation"
     held_out: float = 0.0
     metrics: tuple[str, ...] = ()
+    needs_class_labels: bool = False
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -312,10 +315,10 @@ class Algorithm:
         return (Phase(train.epochs, (Step(self.loss(model)),)),)
 
     def loss(self, model: Model) -> Loss:
-        """The cross-entropy of the client's own model, which most phases minimise."""
+        """The loss of the client's own model, which most phases minimise."""
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            return cross_entropy(self.logits(model, now, batch.x), batch)
+            return model.loss(self.logits(model, now, batch.x), batch)
 
         return loss
 

@@ -198,8 +198,8 @@ def changed_on_rank_2(monkeypatch, change):
     """Rank 2 reads other data."""
     load = parts.load
 
-    def other(source):
-        data = load(source)
+    def other(*arguments):
+        data = load(*arguments)
         return change(data) if ODD.rank == 2 else data
 
     monkeypatch.setattr(parts, "load", other)

@@ -31,7 +31,6 @@ from torch import Generator, Tensor
 from ..algorithm import Batch, LocalTraining, Phase, Sgd, Step, Variables
 from ..components.averaging import Averaging
 from ..components.second_model import OWN, train_beside
-from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
 from ..core.tree import Tree, add_prefix
@@ -61,7 +60,7 @@ class APFL(Averaging):
     def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase, ...]:
         def mixture_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             vbar = model.copy_statistics(self.client_model(model, now))
-            return cross_entropy(model(vbar, batch.x), batch)
+            return model.loss(model(vbar, batch.x), batch)
 
         def plain_sgd(sgd):
             return Sgd(sgd.lr, weight_decay=self.alpha_decay)

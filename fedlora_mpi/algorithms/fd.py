@@ -53,6 +53,7 @@ from ..models.network import Model
 class FD(Algorithm):
     """For the leaves see ``components/outputs.py``."""
 
+    needs_class_labels = True
     weights = "uniform"
     gamma: float = 1.0  # [1] weight of the distillation; 0: Local; default: HtFLlib's code
     # what is averaged by class; default: our choice, since networks scale their logits differently

@@ -57,6 +57,8 @@ class FedTaLoRA(CalibratedTuning):
     as seen for it.
     """
 
+    needs_class_labels = True
+
     def check(self, model: Model, train: LocalTraining) -> None:
         super().check(model, train)
         check_rows("fed_talora", model)

@@ -28,7 +28,6 @@ import torch
 from torch import Generator, Tensor
 
 from ..algorithm import Algorithm, Batch, LocalTraining, Phase, Sgd, Step, Variables, Visit
-from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
 from ..core.tree import Tree
@@ -92,7 +91,7 @@ class FedALA(Algorithm):
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             w = model.detach_tree(now.shared) | mixture(now)
-            return cross_entropy(model(w, batch.x), batch)
+            return model.loss(model(w, batch.x), batch)
 
         learn_step = Step(
             loss, {_A + n for n in leaves}.__contains__, lambda _: Sgd(self.eta), clamp=(0.0, 1.0)

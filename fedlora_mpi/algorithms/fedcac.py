@@ -35,7 +35,6 @@ from ..algorithm import Algorithm, Batch, LocalTraining, Mix, Phase, Step, Uploa
 from ..components.averaging import Weighting
 from ..components.critical import critical_mask
 from ..components.similarity import squared_distances
-from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
 from ..core.tree import Tree, add_prefix, select_prefix, split
@@ -75,7 +74,7 @@ class FedCAC(Weighting):
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             # ``combine`` has already combined the mean and the mix
             w = Algorithm.client_model(self, model, now)
-            return cross_entropy(model(w, batch.x), batch)
+            return model.loss(model(w, batch.x), batch)
 
         def mark_critical(start: Variables, now: Variables, data: Batch) -> Variables:
             w = {n: now.shared[n] for n in select_prefix(now.personal, _OWN)}

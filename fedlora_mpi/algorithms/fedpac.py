@@ -55,6 +55,7 @@ from ..models.network import Model
 class FedPAC(Algorithm):
     """The ``head_epochs`` come first; all of ``train.epochs`` then train the body."""
 
+    needs_class_labels = True
     evaluate_on = "after_training"
     lam: float = 1.0  # [1] weight of the feature term; default: the authors' code
     head_epochs: int = 1  # [epochs] training of the head; default: the authors' code

@@ -12,8 +12,7 @@ prototype of class c, P_kc that of client k, N_c the clients of the round that h
 Round 1 has no prototype term. If no client of a round holds a class, the class is unknown in the
 next round; with ``absent: stale`` it keeps its prototype. ``inference: classifier`` predicts with
 the network. ``inference: prototypes`` predicts the class of the nearest P_c. The candidates are all
-known classes (``among: known``) or the known classes that the client has in its training data
-(``own``; all known classes if it has none of them).
+known classes (``among: known``) or those of the client's training data (``own``; all if none is).
 
 BatchNorm: all of it is the client's own. Prototypes use features in evaluation mode. Bytes per
 client and round: up d numbers for each class that the client holds, down d for each known class.
@@ -62,6 +61,7 @@ _OWN_CLASSES = method_leaf_name("own", "classes")
 class FedProto(Averaging):
     """P is ``class.means / class.shares``; ``own.classes`` is 1 where a client holds the class."""
 
+    needs_class_labels = True
     lam: float = 1.0  # [1] weight of the prototype term; default: the authors' code
     # what predicts; default: our choice of the authors' two ways, as other methods
     inference: Literal["classifier", "prototypes"] = "classifier"

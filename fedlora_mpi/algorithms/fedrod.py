@@ -39,6 +39,7 @@ _OWN = method_leaf_name("own")
 class FedRoD(Averaging):
     """The personal leaves "own.<leaf>" are phi_i."""
 
+    needs_class_labels = True
     # [1] weight of log n_i in the generic loss; 0: FedAvg; default: the balanced softmax
     gamma: float = 1.0
     # phi_i before round 1: a copy of psi, so p is 2 g at first, or zero, so p = g; default:

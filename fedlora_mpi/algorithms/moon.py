@@ -66,7 +66,7 @@ class MOON(Averaging):
             z = model.features(now.shared, batch.x)
             previous = select_prefix(start.personal, _OWN)
             z_glob, z_prev = (teacher.features(tree, batch.x) for tree in (start.shared, previous))
-            fit = cross_entropy(model.classify(now.shared, z), batch)
+            fit = model.loss(model.classify(now.shared, z), batch)
             return fit + self.mu * self.contrastive_loss(z, z_glob, z_prev, batch)
 
         def keep_model(start: Variables, now: Variables, data: Batch) -> Variables:
@@ -80,9 +80,8 @@ class MOON(Averaging):
         similarities = [
             F.cosine_similarity(z, other, dim=1) / self.tau for other in (z_glob, z_prev)
         ]
-        return cross_entropy(
-            torch.stack(similarities, 1), batch._replace(y=torch.zeros_like(batch.y))
-        )
+        first = batch.y.new_zeros(len(batch.y), dtype=torch.int64)
+        return cross_entropy(torch.stack(similarities, 1), batch._replace(y=first))
 
 
 def _own_body(model: Model, tree: Tree) -> Tree:

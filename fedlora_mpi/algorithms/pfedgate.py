@@ -46,7 +46,6 @@ from ..components.gating import (
     scale_gate_gradients,
     scale_runs,
 )
-from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.tree import Tree
 from ..models.network import Model
@@ -84,7 +83,7 @@ class PFedGate(Averaging):
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             personal = scale_gate_gradients(now.personal, self.gate_lr / train.lr)
             theta = self.gated_weights(model, now.shared, self.multipliers(model, personal, batch))
-            return cross_entropy(model(theta, batch.x), batch)
+            return model.loss(model(theta, batch.x), batch)
 
         def keep_multipliers(start: Variables, now: Variables, data: Batch) -> Variables:
             M = self.multipliers(model.eval_mode(), now.personal, data)

@@ -33,7 +33,6 @@ from torch import Generator, Tensor
 from ..algorithm import Batch, LocalTraining, Phase, Step, Variables
 from ..components.adapter import AdapterSettings
 from ..components.averaging import Absence
-from ..core.batch import cross_entropy
 from ..core.bounds import bounded
 from ..core.names import method_leaf_name
 from ..core.tree import Tree, add_prefix, select_prefix
@@ -79,7 +78,7 @@ class PFedLoRA(AdapterSettings, Absence):
         def model_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
             w, z = now.personal, self.adapter_spec.features(model, now.personal, batch.x)
             model_logits = model(w, batch.x) if z is None else model.classify(w, z)
-            fit = cross_entropy(model_logits, batch)
+            fit = model.loss(model_logits, batch)
             return (1 - mu) * fit + mu * combined_loss(now, start, batch, z)
 
         def combined_loss(
@@ -87,7 +86,7 @@ class PFedLoRA(AdapterSettings, Absence):
         ) -> Tensor:
             w = model.copy_statistics(now.personal)  # F + theta moves no statistics of F
             theta = select_prefix(now.shared, _ADAPTER)
-            return cross_entropy(self.adapter_spec.logits(model, w, theta, batch.x, z), batch)
+            return model.loss(self.adapter_spec.logits(model, w, theta, batch.x, z), batch)
 
         model_step = Step(model_loss, model.leaves.__contains__)
         adapter_step = Step(combined_loss, {_ADAPTER + "A", _ADAPTER + "B"}.__contains__)

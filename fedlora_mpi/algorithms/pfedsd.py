@@ -40,6 +40,7 @@ _OWN, _HAS_TEACHER = method_leaf_name("own"), method_leaf_name("taught")
 class PFedSD(Averaging):
     """The personal leaves "own.<leaf>" are v_i; "taught" is 0 before there is one."""
 
+    needs_class_labels = True
     evaluate_on = "after_training"
     # [1] weight of the distillation; 0: FedAvg; default: Fling's (the authors' code: 1)
     lam: float = 0.5

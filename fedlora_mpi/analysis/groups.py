@@ -29,7 +29,7 @@ _TASK_KEYS = ("data.", "participation")
 DATASETS_OF_BLOCK = {
     "data.synthetic.": ("synthetic",),
     "data.text.": ("ag_news", "csv"),
-    "data.table.": ("csv_numbers",),
+    "data.table.": ("table",),
 }
 _METHOD_KEY, _DATASET_KEY = "algorithm.name", "data.dataset"
 # keys of which a label shows only the value

@@ -82,6 +82,10 @@ def write_results(run: RunView, file: Path) -> str:
         run.array("train_loss")[: len(run.array("clients/accuracy"))],
     )
     rows = np.flatnonzero(np.isfinite(accuracy).any(axis=1))
+    if not len(rows) and np.isfinite(run.array("clients/loss")).any():
+        raise ValueError(
+            f"{run.path}: has no accuracy, because its targets are no classes; export a .pt file"
+        )
     if not len(rows):
         raise ValueError(f"{run.path}: no round was evaluated yet; wait for one")
     sizes = run.partition.test_counts.sum(axis=1) * np.isfinite(accuracy[rows])

@@ -16,6 +16,7 @@ from ..core.units import format_bytes
 from ..store.reader import RunFiles
 from .groups import RunLog, group_runs, run_labels
 from .paired import compare_leaders, comparison_rows, winner_lines
+from .scores import score_names
 
 _HEADER = (
     "method",
@@ -45,15 +46,19 @@ def table(runs: Sequence[Path]) -> str:
 
     method: its name, and every setting that differs between the runs. final, worst client: accuracy
     in the last evaluated round, mean and minimum over the clients. best: the highest mean of any
-    round, and that round. up/client: bytes per client and round. A row over seeds has means with
-    sample standard deviations. What is doubtful about the settings of a run follows the table.
+    round, and that round. up/client: bytes per client and round. A run with further scores adds
+    columns for them, of the last evaluated round. A row over seeds has means with sample standard
+    deviations. What is doubtful about the settings of a run follows the table.
     """
     run_files = [RunFiles(path) for path in runs]
     labels = run_labels([files.checked_config for files in run_files])
     results = [_Result.read(*labelled) for labelled in zip(run_files, labels, strict=True)]
-    rows = [_HEADER, *(result.table_row() for result in results), *_seed_rows(results)]
+    rows: list[Sequence[str]] = [_HEADER]
+    rows += [result.table_row() for result in results]
+    rows += _seed_rows(results)
+    rows = _with_scores(rows, list(dict.fromkeys(n for r in results for n in r.scores)), results)
     hints = [escape_line(f"{r.path}: {hint}") for r in results for hint in r.hints]
-    return "\n".join([align_columns(rows, left=(0, len(_HEADER) - 1)), *hints])
+    return "\n".join([align_columns(rows, left=(0, len(rows[0]) - 1)), *hints])
 
 
 def comparison_text(runs: Sequence[Path]) -> str:
@@ -97,6 +102,7 @@ class _Result:
     best_round: int | None
     hints: tuple[str, ...]  # what is doubtful about its settings
     numbers: np.ndarray  # [5] final, best, worst (fractions), bytes up, seconds; NaN where unknown
+    scores: dict[str, float]  # further ones, in the last evaluated round
 
     @classmethod
     def read(cls, files: RunFiles, label: str) -> "_Result":
@@ -128,6 +134,7 @@ class _Result:
             best_round=best_round,
             hints=tuple(files.hints),
             numbers=numbers,
+            scores={name: _last_number(rounds[name]) for name in score_names(config, rounds)},
         )
 
     def table_row(self) -> tuple[str, ...]:
@@ -152,19 +159,54 @@ class _Result:
         )
 
 
+def _last_number(column: np.ndarray) -> float:
+    """The last entry that is no NaN; NaN if there is none."""
+    known = column[~np.isnan(column)]
+    return float(known[-1]) if len(known) else np.nan
+
+
+def _with_scores(
+    rows: Sequence[Sequence[str]], names: Sequence[str], results: Sequence[_Result]
+) -> list[Sequence[str]]:
+    """The header, the rows of runs and the rows over seeds, with a column for each of ``names``
+    after the worst client.
+    """
+    at = _HEADER.index("up/client")
+    table = np.array([[r.scores.get(n, np.nan) for n in names] for r in results])
+    numbers = [table[[row]] for row in range(len(results))]
+    numbers += [table[members] for members in _seed_groups(results)]
+    cells = [list(names), *([_format_score(v) for v in scores.T] for scores in numbers)]
+    return [[*row[:at], *extra, *row[at:]] for row, extra in zip(rows, cells, strict=True)]
+
+
+def _format_score(values: np.ndarray) -> str:
+    """A score of one run, or its mean and sample standard deviation over several."""
+    if np.isnan(values.mean()):
+        return "-"
+    spread = f" ±{values.std(ddof=1):.2g}" if len(values) > 1 else ""
+    return f"{values.mean():.4g}{spread}"
+
+
+def _seed_groups(results: Sequence[_Result]) -> list[list[int]]:
+    """The numbers of the runs of each setting with more than one seed."""
+    settings: dict[str, list[int]] = {}
+    for number, result in enumerate(results):
+        settings.setdefault(result.setting, []).append(number)
+    return [m for m in settings.values() if len({results[n].seeds for n in m}) > 1]
+
+
 def _seed_rows(results: Sequence[_Result]) -> Iterator[tuple[str, ...]]:
     """Yield a row for each setting with more than one seed."""
-    settings: dict[str, list[_Result]] = {}
-    for result in results:
-        settings.setdefault(result.setting, []).append(result)
-    for members in settings.values():
+    for group in _seed_groups(results):
+        members = [results[number] for number in group]
         seeds = {result.seeds for result in members}
-        if len(seeds) < 2:
-            continue
         numbers = np.stack([result.numbers for result in members])
         *means, up, seconds = _format_numbers(numbers.mean(0))
         stds = 100 * numbers.std(0, ddof=1)[:3]
-        spread = [f"{mean} ±{std:5.2f}" for mean, std in zip(means, stds, strict=True)]
+        spread = [
+            mean if mean == "-" else f"{mean} ±{std:5.2f}"
+            for mean, std in zip(means, stds, strict=True)
+        ]
         runs = f"mean ± std of {len(members)} runs"
         yield (
             members[0].label,

@@ -105,13 +105,15 @@ class RunView:
         """One row per round, indexed by round.
 
         Columns: train_loss, accuracy (fraction), seconds_*, bytes_* ... Metrics of the clients' own
-        models are NaN in rounds without evaluation.
+        models, such as those of evaluate.metrics, are NaN in rounds without evaluation.
         """
         return import_pandas().DataFrame(self._files.rounds()).set_index("round")
 
     @property
     def clients(self) -> "DataFrame":
-        """One row for each evaluated round and client: round, client, accuracy (fraction), loss."""
+        """One row for each evaluated round and client: round, client, accuracy (fraction), loss
+        and evaluate.metrics.
+        """
         rows = self._files.columns()
         return client_table(rows["rounds"], rows["clients"])
 

@@ -18,6 +18,7 @@ from ..store.files import StoreError
 from ..store.lock import is_held
 from ..store.reader import RunFiles
 from .load import RankLoad, measure_load
+from .scores import score_names
 
 Line = list[tuple[str, str]]  # parts of a line: (text, style of rich)
 
@@ -141,10 +142,8 @@ def render_frame(status: RunStatus, width: int, height: int) -> list[Line]:
     room = height - len(header) - len(loads) - 4
     if room < 3:  # leave out the load rather than the curve
         loads, room = [], height - len(header) - 3
-    name = next(
-        (n for n in ("accuracy", "train_loss") if np.isfinite(status.rounds.get(n, np.nan)).any()),
-        None,
-    )
+    names = ("accuracy", *score_names(status.config, status.rounds), "train_loss")
+    name = next((n for n in names if np.isfinite(status.rounds.get(n, np.nan)).any()), None)
     if name is None:
         return [_truncate(line, width) for line in (*header, *loads)][:height]
     y = status.rounds[name].astype(float)
@@ -238,6 +237,9 @@ def _status_line(status: RunStatus) -> Line:
             else f" after round {rounds['round'][last_row]}"
         )
         line.append((f" · accuracy {accuracy[last_row]:.2%}{worst}{when}", "green"))
+    for name in score_names(status.config, rounds):
+        if len(known := rounds[name][np.isfinite(rounds[name])]):
+            line.append((f" · {'test loss' if name == 'loss' else name} {known[-1]:.4g}", "green"))
     return line
 
 

@@ -43,12 +43,15 @@ def _show_partition(args: argparse.Namespace) -> None:
     tell_hints(data, args.config)
     split = split_data(config, args.config, data)
     tell_resets(config)
+    if args.to and data.targets != "classes":
+        raise ValueError(f"--to pfllib: holds classes, and the targets are {data.targets}")
     if args.to:
         print(escape_line(write_folder(config, data, split, Path(args.to[1]))))
         return
     picture = args.picture or Path(f"partition-{Path(args.config).stem}.png")
-    print(escape_lines(table(split, data.class_names)))
-    save_figure(split, picture, data.class_names)
+    class_names = data.class_names if data.targets == "classes" else ()
+    print(escape_lines(table(split, class_names)))
+    save_figure(split, picture, class_names)
     print(f"\npicture: {escape_line(picture)}")
 
 

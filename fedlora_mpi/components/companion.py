@@ -27,6 +27,7 @@ class Companion(Averaging):
     The leaves of g are shared as "small.<leaf>"; those of F are personal.
     """
 
+    needs_class_labels = True
     # the small network g, any ``model.name``; default: our choice, the smallest of pFedLoRA's five
     # networks, as its authors compare with these methods
     small: str = "cnn5"

@@ -6,7 +6,6 @@ Its leaves are the personal leaves "own.<leaf>".
 from torch import Tensor
 
 from ..algorithm import Batch, Loss, Step, Variables
-from ..core.batch import cross_entropy
 from ..core.names import method_leaf_name
 from ..models.network import Model
 
@@ -14,7 +13,7 @@ OWN = method_leaf_name("own")
 
 
 def train_beside(model: Model, own_loss: Loss) -> tuple[Step, Step]:
-    """The steps of v_i on ``own_loss``, and then of the shared model on the cross-entropy.
+    """The steps of v_i on ``own_loss``, and then of the shared model on the loss of the config.
 
     v_i steps first, since its loss may read the shared model. That of the shared model does not
     read v_i.
@@ -23,6 +22,6 @@ def train_beside(model: Model, own_loss: Loss) -> tuple[Step, Step]:
     own_parameters = {OWN + n for n in parameters}
 
     def shared_loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-        return cross_entropy(model(now.shared, batch.x), batch)
+        return model.loss(model(now.shared, batch.x), batch)
 
     return Step(own_loss, own_parameters.__contains__), Step(shared_loss, parameters.__contains__)

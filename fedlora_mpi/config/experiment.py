@@ -6,10 +6,12 @@ from typing import Any, Literal
 
 from ..algorithm import Algorithm, LocalTraining
 from ..core.bounds import bounded
+from ..core.losses import CROSS_ENTROPY
 from ..core.paths import check_path
 from ..data.datasets import Source
 from ..data.partition import Partition
 from ..data.tasks import Tasks
+from ..engine.metrics import MetricName
 from ..engine.settings import Engine
 from ..models import zoo
 from ..privacy.check import check_settings
@@ -59,11 +61,14 @@ class ModelBlock:
     Client k has network k mod len(mix). With ``clients`` the first clients[0] clients have the
     first network, the next clients[1] the second, and so on. With ``each`` client k has network
     number each[k], counted from 0.
+
+    loss: a name in ``core.losses.LOSSES``, or module:function.
     """
 
     mix: tuple[Network, ...]
     clients: tuple[int, ...] | None = None
     each: tuple[int, ...] | None = None
+    loss: str = CROSS_ENTROPY.name
 
     def __post_init__(self) -> None:
         if not self.mix:
@@ -112,13 +117,18 @@ class Evaluate:
     clients: which clients are evaluated. With ``cohort`` these are the clients of the round, and
     the others have no accuracy in it. The cost of a round then does not depend on the number of
     clients.
+
+    metrics: further scores of each client.
     """
 
     every: int = 1
     clients: Literal["all", "cohort"] = "all"
+    metrics: tuple[MetricName, ...] = ()
 
     def __post_init__(self) -> None:
         bounded(self, every="[1, inf)")
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError(f"metrics = {list(self.metrics)}: name each once")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import yaml
 from .. import algorithms
 from ..algorithm import Algorithm, dataclass_mistake
 from ..core.escapes import safe_file_name
+from ..core.losses import CROSS_ENTROPY, LOSSES
 from ..core.packaged import find_config, packaged_configs
 from ..data.datasets import DATASETS, Source
 from ..data.partition import PARTITIONS, Partition
@@ -57,7 +58,7 @@ FREE_ON_RESUME = (
 # the digest of a config without them is the same as before these keys existed.
 OMIT_IF_DEFAULT = {
     "engine": ("compile", "personal", "graphs"),
-    "evaluate": ("clients",),
+    "evaluate": ("clients", "metrics"),
     "faults": tuple(blocks.config_fields(Faults)),
     "log": tuple(blocks.config_fields(Log)),
 }
@@ -249,9 +250,8 @@ def resolved_dict(config: Config) -> dict[str, Any]:
     """Every key as JSON-able data, in the order of the dataclass; ``from_dict`` reads it back."""
     tree = blocks.to_plain({name: getattr(config, name) for name in blocks.config_fields(Config)})
     partition = config.data.partition
-    kind = next(kind for kind, cls in PARTITIONS.items() if type(partition) is cls)
     tree["data"] = blocks.to_plain(config.data.source) | {
-        "partition": {"kind": kind} | blocks.to_plain(partition)
+        "partition": {"kind": partition_kind(partition)} | blocks.to_plain(partition)
     }
     # these defaults are not written, so that digests stay the same as before the keys existed
     for block, names in OMIT_IF_DEFAULT.items():
@@ -289,9 +289,10 @@ def _model_tree(model: ModelBlock) -> dict[str, Any]:
     networks = [_network_tree(network) for network in model.mix]
     optional = {"clients": model.clients, "each": model.each}
     client_keys = {name: list(value) for name, value in optional.items() if value is not None}
-    return (
-        networks[0] if len(networks) == 1 and not client_keys else {"mix": networks} | client_keys
-    )
+    loss_key = {} if model.loss == CROSS_ENTROPY.name else {"loss": model.loss}
+    if len(networks) == 1 and not client_keys:
+        return networks[0] | loss_key
+    return {"mix": networks} | client_keys | loss_key
 
 
 def _network_tree(network: Network) -> dict[str, Any]:
@@ -389,6 +390,11 @@ def algorithm_name(algorithm: Algorithm) -> str:
     return name if package == algorithms.__name__ else f"{cls.__module__}:{cls.__name__}"
 
 
+def partition_kind(partition: Partition) -> str:
+    """The name of this partition's rule in a config."""
+    return next(kind for kind, cls in PARTITIONS.items() if type(partition) is cls)
+
+
 # Building a Config from the merged keys.
 
 
@@ -432,14 +438,24 @@ def _build_partition(value: Any, key: str, origin: Origin) -> Partition:
 
 def _build_model(value: Any, key: str, origin: Origin) -> ModelBlock:
     if not (isinstance(value, Mapping) and "mix" in value):
-        return ModelBlock((_build_network(value, key, origin),))
-    known_fields = {
-        name: field for name, field in blocks.config_fields(ModelBlock).items() if name != "mix"
+        loss = CROSS_ENTROPY.name
+        if isinstance(value, Mapping) and "loss" in value:
+            loss = _read_loss(value["loss"], blocks.dotted_key(key, "loss"), origin)
+            value = {name: v for name, v in value.items() if name != "loss"}
+        return ModelBlock((_build_network(value, key, origin),), loss=loss)
+    fields_of_mix = blocks.config_fields(ModelBlock)
+    known_fields = fields_of_mix | {
+        "mix": Field(_build_networks),
+        "loss": fields_of_mix["loss"]._replace(read=_read_loss),
     }
-    values = blocks.read_block(
-        {"mix": Field(_build_networks)} | known_fields, value, key, origin, "a mix of networks"
-    )
+    values = blocks.read_block(known_fields, value, key, origin, "a mix of networks")
     return blocks.construct(ModelBlock, values, key, origin)
+
+
+def _read_loss(value: Any, key: str, origin: Origin) -> str:
+    if isinstance(value, Mapping):
+        raise origin.error(key, "must be a name or <module>:<function>, not a block", value)
+    return blocks.split_choice("", LOSSES, "<module>:<function>", value, key, origin)[0]
 
 
 def _build_networks(value: Any, key: str, origin: Origin) -> tuple[Network, ...]:
@@ -597,8 +613,8 @@ def _common_partition_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> 
 
 
 def _common_network_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> Collection[str]:
-    """None: another network has other weights, and its options only share their names."""
-    return ()
+    """The loss; another network has other weights, and its options only share their names."""
+    return ("loss",)
 
 
 def _common_method_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> Collection[str]:

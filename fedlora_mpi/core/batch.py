@@ -11,11 +11,13 @@ class Batch(NamedTuple):
     """A mini-batch of one client."""
 
     x: Tensor  # [B, ...] images, transformed and normalised, or [B, L] int64 token ids
-    y: Tensor  # [B] class index, int64
+    # [B] class index, int64; without classes the targets [B, k], float32
+    y: Tensor
     # [B] False for padding, which is at the end; None when all B examples are real
     real: Tensor | None
     key: Tensor  # [] int64, the address of this step's noise (dropout)
-    # [classes] training samples of this client in each class, in this round, float32
+    # [classes] training samples of this client in each class, in this round, float32; without
+    # classes [1], all its training samples
     counts: Tensor
 
 
@@ -28,6 +30,11 @@ def mean(each: Tensor, batch: Batch) -> Tensor:
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy over the real examples, []. logits: [B, classes]."""
+    if batch.y.is_floating_point():
+        raise ValueError(
+            "cross_entropy needs class labels, and the targets of this run are numbers; call "
+            "model.loss(outputs, batch)"
+        )
     if batch.real is None:
         return F.cross_entropy(logits, batch.y)
     # without this an infinite logit of padding gives a nan gradient

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.bounds import bounded
+from ..core.losses import Targets
 from ..core.paths import check_path, expand_home
 from ..core.seeds import rng
 from ..core.vision import import_torchvision
@@ -37,7 +38,7 @@ class Data(NamedTuple):
 
     train: Samples
     test: Samples
-    classes: int
+    classes: int  # or values of each sample, if the targets are no classes
     mean: tuple[float, ...] = ()  # per channel, of values in 0..1
     std: tuple[float, ...] = ()  # floats: one number for all values, or one for each channel
     augment: tuple[str, ...] = ()  # names of training transforms, see ``transforms``
@@ -50,6 +51,22 @@ class Data(NamedTuple):
     is_own: bool = False  # the user's arrays: their normalisation is part of the data
     # (number of token ids, token id of padding) of inputs that are token ids without a vocabulary
     token_settings: tuple[int, int] = (0, 0)
+    targets: Targets = "classes"
+
+    @property
+    def class_labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """The class of each training and each test sample, int64; 0 if the targets are no
+        classes.
+        """
+        sides = self.train.y, self.test.y
+        if self.targets == "classes":
+            return sides[0].numpy(), sides[1].numpy()
+        return np.zeros(len(sides[0]), np.int64), np.zeros(len(sides[1]), np.int64)
+
+    @property
+    def label_classes(self) -> int:
+        """The number of classes that ``class_labels`` count."""
+        return self.classes if self.targets == "classes" else 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -182,15 +199,23 @@ DATASETS = (
 )
 
 
-def load(source: Source) -> Data:
+def load(source: Source, wanted: Targets | None = "classes") -> Data:
     """Return the data set; download missing files first if ``source.download`` is true.
 
-    Raises ValueError if files are missing or damaged, or if a library is not installed.
+    wanted: what the targets must be; None: any. Raises ValueError if files are missing or damaged,
+    if a library is not installed, or if the data set has other targets.
     """
+    is_own = source.is_function or source.dataset in _OWN_READERS
+    if wanted in ("labels", "numbers") and not is_own:
+        raise ValueError(
+            f"dataset = {source.dataset}: has a class of each sample, and model.loss needs "
+            f"{wanted}; give data of your own (npz, table or module:function), or choose "
+            "model.loss = cross_entropy"
+        )
     if source.dataset in _TEXT_READERS:
         return _load_texts(source)
-    if source.is_function or source.dataset in _OWN_READERS:
-        return _load_own(source)
+    if is_own:
+        return _load_own(source, wanted)
     if source.dataset == "pfllib":
         folder = pfllib.read(source.root, source.allow_pickle)
         train, test = (
@@ -225,14 +250,14 @@ def load(source: Source) -> Data:
     )
 
 
-def _load_own(source: Source) -> Data:
+def _load_own(source: Source, wanted: Targets | None) -> Data:
     """Return the user's arrays, checked as the files of the other data sets are."""
     arrays = (
         own.call_function(source.dataset, source.root)
         if source.is_function
         else _OWN_READERS[source.dataset](source)
     )
-    checked = check(arrays, source.place)
+    checked = check(arrays, source.place, wanted)
     transforms = source.augment if isinstance(source.augment, tuple) else ()
     mean, std = checked.mean, checked.std
     if mean is None or std is None:
@@ -249,7 +274,13 @@ def _load_own(source: Source) -> Data:
         hints=checked.hints,
         is_own=True,
         token_settings=(checked.tokens, checked.padding),
+        targets=checked.targets,
     )
+    if source.shift == "labels" and data.targets != "classes":
+        raise ValueError(
+            f"shift = labels: needs a class of each sample, and the targets are {data.targets}; "
+            "choose none or rotate"
+        )
     if transforms and not data.has_images:
         raise ValueError(
             f"augment = {list(transforms)}: only images are transformed, an input here has the "

@@ -49,8 +49,9 @@ class Epoch:
         """Return positions first to first + width of the first ``count`` clients as one batch.
 
         x [count, width, ...] is as the store reads it (images: float32, x[c] in channels_last).
-        y is [count, width], key [count]. real [count, width] is False beyond a client's last sample
-        and None if nothing is padding. The call does not wait for the device.
+        y is [count, width], or [count, width, k] if the targets are no classes; key [count]. real
+        [count, width] is False beyond a client's last sample and None if nothing is padding. The
+        call does not wait for the device.
         """
         self.on_batch()
         x, y = self._read(count, first, width, 1)
@@ -111,7 +112,7 @@ class Epoch:
 
     def _batch(self, x: Tensor, y: Tensor, noise: Tensor, first: int) -> Batch:
         """Return the batch of samples that begins at position ``first``."""
-        (count, width), real = y.shape, None
+        (count, width), real = y.shape[:2], None
         if min(self.sizes[:count]) < first + width:
             real = torch.arange(first, first + width, device=y.device) < self.lengths[:count, None]
         return Batch(x, y, real, noise, self.counts[:count])
@@ -169,6 +170,7 @@ class Feed:
         on_batch: Callable[[], None] = lambda: None,
     ) -> None:
         self.classes, self.shape = data.classes, data.shape
+        self._class_labels, self._label_classes = data.class_labels, data.label_classes
         if shift == "rotate" and not (data.has_images and self.shape[1] == self.shape[2]):
             input_kind = " x ".join(map(str, self.shape[-2:])) if data.has_images else "numbers"
             input_kind = "texts" if data.tokens else input_kind
@@ -219,9 +221,9 @@ class Feed:
                     for a, b in itertools.pairwise(ends)
                 ]
             )
-        counts = (np.zeros((2, self.classes), np.int64), np.zeros((2, self.classes), np.int64))
-        for side, store, table in zip(sides, (self._train, self._test), counts, strict=True):
-            labels = store.labels.cpu().numpy()
+        shape = 2, self._label_classes
+        counts = (np.zeros(shape, np.int64), np.zeros(shape, np.int64))
+        for side, labels, table in zip(sides, self._class_labels, counts, strict=True):
             for client, client_rows in enumerate(side):
                 np.add.at(table[client], labels[client_rows], 1)
         return self.with_split(Split(tuple(sides[0]), tuple(sides[1]), *counts))

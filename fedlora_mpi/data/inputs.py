@@ -1,7 +1,8 @@
 """Hold the training or the test set on the training device, one class per kind of input.
 
-Each class holds labels [M] and the inputs in their most compact form. ``read`` gathers samples of
-clients in the form that a network takes. The rest of the feed only handles indices.
+Each class holds labels [M], or other targets [M, k], and the inputs in their most compact form.
+``read`` gathers samples of clients in the form that a network takes. The rest of the feed only
+handles indices.
 """
 
 from typing import NamedTuple, Protocol
@@ -22,7 +23,9 @@ class Store(Protocol):
         """How many numbers a sample has when it is read."""
 
     def read(self, rows: Tensor, warps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return inputs [C, B, ...] and labels [C, B] of the samples ``rows`` [C, B]."""
+        """Return inputs [C, B, ...] and labels [C, B] of the samples ``rows`` [C, B]; other targets
+        are [C, B, k].
+        """
 
 
 class Images(NamedTuple):
@@ -32,7 +35,7 @@ class Images(NamedTuple):
     """
 
     images: Tensor  # [M, H, W, ch] uint8 or float32
-    labels: Tensor  # [M] int64
+    labels: Tensor  # [M] int64, or [M, k] float32
     # One long row each: on a CPU, broadcasting over a last axis of three channels takes eight times
     # as long.
     scale: Tensor  # [P] 1 / (255 std) of each number's channel, 1 / std for floats
@@ -68,7 +71,7 @@ class Texts(NamedTuple):
     """Texts as token ids, padding included."""
 
     tokens: Tensor  # [M, L] int32
-    labels: Tensor  # [M] int64
+    labels: Tensor  # [M] int64, or [M, k] float32
 
     @property
     def sample_numel(self) -> int:
@@ -88,7 +91,7 @@ class Numbers(NamedTuple):
     """Float inputs of any shape, normalised: feature vectors or sequences."""
 
     values: Tensor  # [M, ...] float32
-    labels: Tensor  # [M] int64
+    labels: Tensor  # [M] int64, or [M, k] float32
 
     @property
     def sample_numel(self) -> int:

@@ -26,12 +26,14 @@ class OwnData(NamedTuple):
     """
 
     x_train: Any
-    y_train: Any  # [M] integers or texts
+    # [M] integers or texts: classes; for other targets of ``model.loss`` also [M] or [M, k] numbers
+    y_train: Any
     x_test: Any
     y_test: Any
     client_train: Any = None  # [M] integers or texts: the client of each sample
     client_test: Any = None
-    class_names: Any = None  # [classes] texts; y counts them from 0, or has these texts
+    # [classes] texts; y counts them from 0, or has these texts. Of other targets: [k] names
+    class_names: Any = None
     # [1], or one number for each channel or feature; of x / 255 for uint8, of x for floats
     mean: Any = None
     std: Any = None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.losses import Targets
 from .labels import similar_label_hints
 from .own import OwnData
 from .samples import Samples
@@ -32,12 +33,14 @@ class CheckedData(NamedTuple):
     padding: int
     owners: tuple[np.ndarray, np.ndarray] | None
     hints: tuple[str, ...]
+    targets: Targets
 
 
-def check(own: OwnData, setting: str) -> CheckedData:
+def check(own: OwnData, setting: str, wanted: Targets | None = "classes") -> CheckedData:
     """Return the data set of these arrays; ``setting`` begins a message: "key = value".
 
-    Raises ValueError with the name of the array that does not fit.
+    wanted: what y must hold; None: classes, labels or numbers, whichever it is. Raises ValueError
+    with the name of the array that does not fit.
     """
     x_train, x_test = (_inputs(setting, name, getattr(own, name)) for name in ("x_train", "x_test"))
     if (x_train.shape[1:], x_train.dtype) != (x_test.shape[1:], x_test.dtype):
@@ -45,12 +48,18 @@ def check(own: OwnData, setting: str) -> CheckedData:
         raise ValueError(
             f"{setting}: a sample of x_train and of x_test is {kinds}; make them alike"
         )
-    labels = [
-        _identifiers(setting, f"y_{side}", getattr(own, f"y_{side}"), f"x_{side}", len(x))
-        for side, x in (("train", x_train), ("test", x_test))
-    ]
-    y, class_names, classes, hints = _number_labels(setting, labels, own.class_names)
-    owners, client_hints = _number_clients(setting, own, (len(x_train), len(x_test)))
+    sizes = len(x_train), len(x_test)
+    targets = wanted or _kind_of_targets(setting, own)
+    if targets == "classes":
+        labels = [
+            _identifiers(setting, f"y_{side}", getattr(own, f"y_{side}"), f"x_{side}", size)
+            for side, size in zip(("train", "test"), sizes, strict=True)
+        ]
+        y, class_names, classes, hints = _number_labels(setting, labels, own.class_names)
+    else:
+        y, class_names, hints = *_values(setting, own, sizes, targets), ()
+        classes = y[0].shape[1]
+    owners, client_hints = _number_clients(setting, own, sizes)
     tokens, padding = _token_settings(setting, own, x_train, x_test)
     mean, std = _normalisation(setting, own, x_train)
     return CheckedData(
@@ -64,7 +73,63 @@ def check(own: OwnData, setting: str) -> CheckedData:
         padding,
         owners,
         (*hints, *client_hints),
+        targets,
     )
+
+
+def _kind_of_targets(setting: str, own: OwnData) -> Targets:
+    """Return what ``y_train`` holds: integers or texts [M] are classes, values that are all 0 or 1
+    are labels, and others are numbers.
+    """
+    y = _to_array(setting, "y_train", own.y_train)
+    if y.dtype.kind != "f" and (y.ndim == 1 or y.shape[1:] == (1,)):
+        return "classes"
+    return "labels" if y.dtype.kind in "biuf" and np.isin(y, (0, 1)).all() else "numbers"
+
+
+def _values(
+    setting: str, own: OwnData, sizes: tuple[int, int], targets: Targets
+) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """Return the targets [M, k] float32 of both sides, and the names of the k values."""
+    y = []
+    for side, size in zip(("train", "test"), sizes, strict=True):
+        name = f"y_{side}"
+        values = _to_array(setting, name, getattr(own, name))
+        description = f"{setting}: {name} {list(values.shape)} of {values.dtype}"
+        try:
+            with np.errstate(over="ignore"):
+                values = values.astype(np.float32)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{description}: holds what is no number ({error}), and model.loss needs {targets}"
+            ) from error
+        values = values[:, None] if values.ndim == 1 else values
+        if values.ndim != 2 or len(values) != size or not values.shape[1]:
+            raise ValueError(
+                f"{description}: must be [samples] or [samples, k]; x_{side} has {size} samples"
+            )
+        _check_finite(setting, name, values)
+        if targets == "labels" and not np.isin(values, (0, 1)).all():
+            row = int(np.argwhere(~np.isin(values, (0, 1)))[0, 0])
+            raise ValueError(
+                f"{setting}: {name}[{row}] is {_join_shown(values[row].tolist())}; each label is "
+                "0 or 1, for model.loss = bce"
+            )
+        y.append(values)
+    if y[0].shape[1] != y[1].shape[1]:
+        raise ValueError(
+            f"{setting}: y_train has {y[0].shape[1]} values of each sample, y_test "
+            f"{y[1].shape[1]}; make them alike"
+        )
+    if own.class_names is None:
+        return y, ()
+    names = [str(n) for n in _to_array(setting, "class_names", own.class_names).ravel()]
+    if len(names) != y[0].shape[1]:
+        raise ValueError(
+            f"{setting}: class_names has {len(names)} names, and y {y[0].shape[1]} values of each "
+            "sample; name each value"
+        )
+    return y, tuple(names)
 
 
 def _to_array(setting: str, name: str, value: Any) -> np.ndarray:
@@ -136,7 +201,8 @@ def _identifiers(setting: str, name: str, value: Any, x_name: str, number: int) 
         y = y.astype(str)
     description = f"{setting}: {name} {list(y.shape)} of {y.dtype}"
     if y.ndim != 1 or y.dtype.kind not in "biuU":
-        raise ValueError(f"{description}: must be [samples] of integers or texts")
+        way_out = "; for other targets choose model.loss" if name.startswith("y_") else ""
+        raise ValueError(f"{description}: must be [samples] of integers or texts{way_out}")
     if len(y) != number:
         raise ValueError(f"{description}: {x_name} has {number} samples; make the two agree")
     return y if y.dtype.kind == "U" else y.astype(np.int64)

@@ -361,6 +361,7 @@ class GivenSplit(Partition):
 
     train: int = 0  # only the first so many samples of each client; 0: all
     test: int = 0  # only the first so many samples of each client; 0: all
+    by_class: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Samples(NamedTuple):
-    """Inputs and their classes."""
+    """Inputs and their classes, or other targets."""
 
     x: Tensor  # [M, ch, H, W] uint8, [M, L] int32 token ids, or float32 of any shape
-    y: Tensor  # [M] int64
+    y: Tensor  # [M] int64 classes, or [M, k] float32
 
 
 class LabelledTexts(NamedTuple):

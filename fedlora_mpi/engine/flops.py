@@ -154,11 +154,12 @@ class Flops:
         return self._count_flops(visit.apply, v, v, self._zero_batch(samples))
 
     def _zero_batch(self, samples: int) -> Batch:
-        """A batch of ``samples`` zero inputs, all of class 0."""
+        """A batch of ``samples`` zero inputs, all of class 0 or with zero targets."""
         model = self._cpu_model
         counts = torch.zeros(model.classes)
         counts[0] = samples
-        y, key = torch.zeros(samples, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+        y = model.loss.zero_targets(samples, model.classes)
+        key = torch.zeros((), dtype=torch.int64)
         return Batch(model.zero_inputs(samples), y, None, key, counts)
 
     @staticmethod

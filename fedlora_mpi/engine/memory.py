@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..core.batch import Batch, cross_entropy
+from ..core.batch import Batch
 from ..core.scheduling import equal_parts
 from ..core.tree import nbytes
 from ..models.network import Model
@@ -95,7 +95,7 @@ def stack_capacity(model: Model, batch_size: int, memory: int) -> int:
     }
     batch = Batch(
         cpu_model.zero_inputs(samples),
-        torch.zeros(samples, dtype=torch.int64),
+        model.loss.zero_targets(samples, model.classes),
         None,
         torch.tensor(0),
         torch.zeros(model.classes),
@@ -110,7 +110,7 @@ def stack_capacity(model: Model, batch_size: int, memory: int) -> int:
         torch.autograd.graph.saved_tensors_hooks(record_storage, lambda v: v),
         cpu_model.training_context(batch),
     ):
-        loss = cross_entropy(cpu_model(tree, batch.x), batch)
+        loss = cpu_model.loss(cpu_model(tree, batch.x), batch)
     weight_storages = {v.untyped_storage().data_ptr() for v in tree.values()}
     saved_bytes = sum(
         size for at, size in saved_storages.items() if at not in weight_storages

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..algorithm import Phase, Variables, Visit
 from ..core.batch import Batch
+from ..core.losses import CROSS_ENTROPY
 from ..core.tree import Tree, numel, tmap
 from ..data.feed import Feed
 from ..models.network import Model
@@ -75,15 +76,16 @@ def rehearse_engine(
     requested: Engine,
     candidates: Sequence[tuple[str, Trainer, Variables]],
     method: str,
+    loss: str = CROSS_ENTROPY.name,
 ) -> Engine:
     """Return ``engine``, or the loop with a hint to the user if one of the ``candidates`` needs it.
 
     requested: the engine of the config; candidates: name, trainer and variables in round 1 of each
-    network; method: the name of the method. Raises ValueError if not even the loop trains, if the
-    config requests a stack or compilation and a network is not capable of it, or for a mistake of a
-    user's method.
+    network; method, loss: the names of the method and of the loss. Raises ValueError if not even
+    the loop trains, if the config requests a stack or compilation and a network is not capable of
+    it, or for a mistake of a user's method.
     """
-    engine = _choose_path(engine, requested, candidates, method)
+    engine = _choose_path(engine, requested, candidates, method, loss)
     if requested.compile:
         for name, trainer, initial in candidates:
             _check_compilation(name, trainer, initial, engine.path == "stack")
@@ -95,6 +97,7 @@ def _choose_path(
     requested: Engine,
     candidates: Sequence[tuple[str, Trainer, Variables]],
     method: str,
+    loss: str,
 ) -> Engine:
     """Return ``rehearse_engine`` without a trial of compilation."""
     for name, trainer, initial in candidates:
@@ -110,11 +113,17 @@ def _choose_path(
             # of a network and a method the user's own one is at fault
             package = f"{__package__.partition('.')[0]}."
             is_own_network = is_external(name) and not name.startswith(package)
-            is_method = is_external(method) and not is_own_network
-            key, value = ("algorithm", method) if is_method else ("model", name)
-            raise ValueError(f"{key}.name = {value}: {error}") from error.__cause__
+            if is_external(method) and not is_own_network:
+                setting = f"algorithm.name = {method}"
+            elif is_external(loss) and not is_own_network:
+                setting = f"model.loss = {loss}"
+            else:
+                setting = f"model.name = {name}"
+            raise ValueError(f"{setting}: {error}") from error.__cause__
         if verdict is None:
             continue
+        if is_external(loss):
+            name = f"{name} with model.loss = {loss}"
         if verdict.raises and requested.path == "stack":
             raise ValueError(f"engine.path = stack: {name} {verdict.reason}; choose auto or loop")
         despite_request = ", although a stack was asked for" if requested.path == "stack" else ""
@@ -341,7 +350,7 @@ def _largest_magnitude(v: Tensor) -> float:
 
 
 class _CastFeed:
-    """A feed with its inputs cast to another precision."""
+    """A feed with its inputs and targets cast to another precision."""
 
     def __init__(self, feed, dtype: torch.dtype) -> None:
         self._feed, self._dtype = feed, dtype
@@ -352,21 +361,22 @@ class _CastFeed:
         return replace(epoch, store=_CastStore(epoch.store, self._dtype))
 
     def test_batch(self, *args) -> Batch:
-        return self._cast_inputs(self._feed.test_batch(*args))
+        return self._cast(self._feed.test_batch(*args))
 
     def unshuffled_batch(self, clients: Sequence[int], all_samples: bool) -> Batch:
-        return self._cast_inputs(self._feed.unshuffled_batch(clients, all_samples))
+        return self._cast(self._feed.unshuffled_batch(clients, all_samples))
 
-    def _cast_inputs(self, batch: Batch) -> Batch:
-        return batch._replace(x=_as_precision(batch.x, self._dtype))
+    def _cast(self, batch: Batch) -> Batch:
+        x, y = (_as_precision(v, self._dtype) for v in (batch.x, batch.y))
+        return batch._replace(x=x, y=y)
 
 
 class _CastStore:
-    """A store with its inputs cast to another precision."""
+    """A store with its inputs and targets cast to another precision."""
 
     def __init__(self, store, dtype: torch.dtype) -> None:
         self._store, self._dtype, self.sample_numel = store, dtype, store.sample_numel
 
     def read(self, rows: Tensor, warps: Tree) -> tuple[Tensor, Tensor]:
         x, y = self._store.read(rows, warps)
-        return _as_precision(x, self._dtype), y
+        return _as_precision(x, self._dtype), _as_precision(y, self._dtype)

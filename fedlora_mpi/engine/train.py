@@ -32,6 +32,7 @@ from ..models.pooling import LARGE_NUMEL, MaxPoolMode
 from .compiled import StepCompiler
 from .graphs import GraphCache
 from .memory import MemoryBudget
+from .metrics import compute_metrics
 from .walk import PhaseRunner, tmap_vars
 
 T = TypeVar("T")
@@ -68,11 +69,9 @@ class ClientResult(NamedTuple):
     start: Variables  # before the first phase
     end: Variables  # after the last phase or visit
     loss: Tensor  # [] mean training loss of the last epoch, on the host
-    # [2] test accuracy and loss of the client's own model at this moment, on the host
+    # [3 + m] of the client's own model at this moment, as ``Trainer.score_clients`` has them
     score: Tensor | None
     host_personal: Tree  # ``end.personal`` on the host
-    # [] fraction of its test samples with a logit that is no number, on the host
-    nan_predictions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,7 @@ class Trainer:
     graphs: GraphCache | None = None
     precision: str = "float32"
     memory_budget: MemoryBudget = field(default_factory=MemoryBudget)
+    metrics: Sequence[str] = ()  # names in ``metrics.METRICS``
 
     @property
     def algorithm(self) -> Algorithm:
@@ -127,18 +127,14 @@ class Trainer:
                 def pick_row(v: Tensor, row: int = row) -> Tensor:
                     return v[row] if self.stacked else v
 
-                score, nan_predictions = (
-                    (None, None) if score_C is None else (score_C[row, :2], score_C[row, 2])
-                )
                 personal = dict(zip(end.personal, map(pick_row, host_personal_C), strict=True))
                 yield ClientResult(
                     client,
                     tmap_vars(pick_row, start),
                     tmap_vars(pick_row, end),
                     loss_C[row],
-                    score,
+                    None if score_C is None else score_C[row],
                     personal,
-                    nan_predictions,
                 )
 
     def evaluate(
@@ -152,10 +148,11 @@ class Trainer:
     def score_clients(
         self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int = 0
     ) -> Tensor:
-        """Scores of each client's own model, float64 [C, 3] on the host: test accuracy (fraction),
-        mean loss, and the fraction of its test samples with a NaN logit.
+        """Scores of each client's own model, float64 [C, 3 + m] on the host: test accuracy
+        (fraction), mean loss, the fraction of its test samples with a NaN logit, and the m metrics.
 
-        Clients as in ``train``. A client without test samples has NaN.
+        Clients as in ``train``. A client without test samples has NaN. The accuracy is NaN if the
+        targets are no classes.
         """
         items = self.personalization(round_)
 
@@ -174,7 +171,11 @@ class Trainer:
             return self._scores(ids, v, shared_axis=None)
 
         scores = [score_C for _, score_C in self._compute_in_parts(len(clients), score_members)]
-        return torch.cat(to_host(scores)) if scores else torch.zeros(0, 3, dtype=torch.float64)
+        return (
+            torch.cat(to_host(scores))
+            if scores
+            else torch.zeros(0, 3 + len(self.metrics), dtype=torch.float64)
+        )
 
     def local(self, round_: int) -> Sequence[Phase | Visit]:
         """The phases and visits of a round."""
@@ -216,37 +217,58 @@ class Trainer:
 
     @torch.no_grad()
     def _scores(self, ids: Sequence[int], v: Variables, shared_axis: int | None = 0) -> Tensor:
-        """[C, 3], see ``score_clients``. ``v`` is stacked; where ``shared_axis`` is None,
+        """[C, 3 + m], see ``score_clients``. ``v`` is stacked; where ``shared_axis`` is None,
         ``v.shared`` is not.
         """
         model = self.model.eval_mode()
 
-        def score_one(shared: Tree, personal: Tree, *batch: Tensor | None) -> Tensor:
+        def score_one(shared: Tree, personal: Tree, *batch: Tensor | None) -> tuple[Tensor, Tensor]:
             v, batch = Variables(shared, personal), Batch._make(batch)
             with model.evaluation_context(batch):
                 logits = self.algorithm.logits(model, v, batch.x)
-            loss = torch.nn.functional.cross_entropy(logits, batch.y, reduction="none")
+            loss = model.loss.each(logits, batch.y).double()
             is_nan = logits.isnan().any(1)  # argmax makes a class of it
-            is_correct = (logits.argmax(1) == batch.y) & ~is_nan
-            return torch.stack([is_correct.double(), loss.double(), is_nan.double()], 1)  # [B, 3]
+            if model.loss.targets == "classes":
+                is_correct = ((logits.argmax(1) == batch.y) & ~is_nan).double()
+            else:
+                is_correct = torch.full_like(loss, torch.nan)
+            return torch.stack([is_correct, loss, is_nan.double()], 1), logits  # [B, 3], [B, k]
 
         sizes = torch.tensor([self.feed.test_size(c) for c in ids])
         total = torch.zeros(len(ids), 3, dtype=torch.float64, device=self.device)
+        predictions: list[tuple[Tensor, Tensor]] = []
         for test_range in self._test_batches(int(sizes.max()), len(ids)):
             batch = self.feed.test_batch(ids, test_range[0], len(test_range))
             if self.stacked:
                 axes = tuple(None if value is None else 0 for value in batch)
-                score = vmap(score_one, in_dims=(shared_axis, 0, *axes))(
+                score, logits = vmap(score_one, in_dims=(shared_axis, 0, *axes))(
                     v.shared, v.personal, *batch
                 )
             else:
-                score = score_one(
-                    v.shared, v.personal, *(value if value is None else value[0] for value in batch)
-                )[None]
+                one = (value if value is None else value[0] for value in batch)
+                score, logits = (part[None] for part in score_one(v.shared, v.personal, *one))
+            if self.metrics:
+                predictions.append((logits, batch.y))
             if batch.real is not None:
                 score = score * batch.real.unsqueeze(-1)
             total += score.sum(1)
-        return total / to_device(sizes, self.device).unsqueeze(1)
+        scores = total / to_device(sizes, self.device).unsqueeze(1)
+        if not predictions:
+            missing = scores.new_full((len(ids), len(self.metrics)), torch.nan)
+            return torch.cat([scores, missing], 1) if self.metrics else scores
+        return torch.cat([scores, to_device(self._metrics(predictions, sizes), self.device)], 1)
+
+    def _metrics(self, predictions: Sequence[tuple[Tensor, Tensor]], sizes: Tensor) -> Tensor:
+        """The metrics [C, m] of clients with so many test samples each, on the host.
+
+        predictions: outputs [C, B, k] and targets of each test batch.
+        """
+        outputs, y = to_host([torch.cat(parts, 1) for parts in zip(*predictions, strict=True)])
+        rows = [
+            compute_metrics(self.metrics, outputs[c, :size].double().numpy(), y[c, :size].numpy())
+            for c, size in enumerate(sizes.tolist())
+        ]
+        return torch.tensor(rows, dtype=torch.float64)
 
     def _test_batches(self, samples: int, clients: int) -> Sequence[Sequence[int]]:
         """The positions of each test batch.

@@ -93,9 +93,7 @@ def _assemble(
     tasks = [clients]
     if config.data.tasks:
         with prefix_errors(source, "data"):
-            splits = config.data.tasks.split_by_task(
-                split, data.train.y.numpy(), data.test.y.numpy()
-            )
+            splits = config.data.tasks.split_by_task(split, *data.class_labels)
         tasks = [_with_split(parts, config, clients, task_split) for task_split in splits]
     cohorts = Cohorts(
         tuple(tasks),

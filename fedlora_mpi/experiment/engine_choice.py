@@ -161,7 +161,8 @@ def _rehearse(
         [network.name for network in config.model.mix],
         configs.algorithm_name(config.algorithm),
     )
-    if not any(map(is_external, (*names, method, getattr(config.algorithm, "small", "")))):
+    loss, small = config.model.loss, getattr(config.algorithm, "small", "")
+    if not any(map(is_external, (*names, method, loss, small))):
         return engine
     kinds = {
         kind.network: kind
@@ -176,4 +177,5 @@ def _rehearse(
                 for network_number, kind in kinds.items()
             ],
             method,
+            loss,
         )

@@ -250,6 +250,7 @@ def _code_digests(config: Config) -> dict[str, str]:
     names = [
         config.data.source.dataset,
         configs.algorithm_name(config.algorithm),
+        config.model.loss,
         *(network.name for network in config.model.mix),
     ]
     modules = {

@@ -14,6 +14,7 @@ from .. import config as configs
 from ..config import Config
 from ..core.disk_errors import explain_write_errors
 from ..core.escapes import escape_line
+from ..core.losses import CROSS_ENTROPY
 from ..core.paths import expand_home
 from ..federation.federation import State
 from ..federation.round import run_round
@@ -262,7 +263,9 @@ def _train(
             if comm.dead_ranks:
                 line = recovery_line(comm.dead_ranks, comm, state.round)
                 _report_rank_failure(log, f"{line}, from what was on disk")
-        progress = None if quiet else Progress(config.rounds, state.round)
+        test_loss = () if config.model.loss == CROSS_ENTROPY.name else ("loss",)
+        scores = (*test_loss, *config.evaluate.metrics)
+        progress = None if quiet else Progress(config.rounds, state.round, scores)
         rounds = _Rounds(assembly, folder, stop_requests, log, sinks, state.round, progress)
         survival = Survival(
             lambda size: worker_ranks(config, size),
@@ -319,6 +322,7 @@ class _Rounds:
         self._stop_requests, self._log, self._sinks = stop_requests, log, sinks
         self._progress = progress
         self._logged_round, self._stops = first_round, False
+        self._told_metrics: set[str] = set()
 
     def advance(self, training: Training) -> Training:
         """The next step: a checkpoint if one is due, else a round, or the end.
@@ -366,6 +370,7 @@ class _Rounds:
         if not self._log:
             return
         _warn_of_numbers(round_, row)
+        self._tell_metrics(row.pop("undefined_metrics", {}))
         if "skipped" in row:
             row["skipped"] = len(row["skipped"])
         del row["nan_clients"]
@@ -375,10 +380,28 @@ class _Rounds:
         if self._progress:
             self._progress.show(round_, row)
 
+    def _tell_metrics(self, undefined: Mapping[str, Sequence[int]]) -> None:
+        """Say on stderr, once, which clients have no value of a metric."""
+        for name, clients in undefined.items():
+            if clients and name not in self._told_metrics:
+                self._told_metrics.add(name)
+                print(
+                    f"hint: evaluate.metrics = {name}: has no value for client "
+                    f"{_join_ids(clients)} (its test samples are all of one class, or an output "
+                    "is not finite); the mean is over the other clients",
+                    file=sys.stderr,
+                )
+
 
 def _report_rank_failure(log: Log, line: str) -> None:
     print(f"fedlora-mpi: {line}", file=sys.stderr, flush=True)
     log.record_rank_failure(line)
+
+
+def _join_ids(clients: Sequence[int]) -> str:
+    """The first ten clients, and how many more there are."""
+    rest = f" and {len(clients) - 10} more" if len(clients) > 10 else ""
+    return ", ".join(map(str, clients[:10])) + rest
 
 
 def _warn_of_numbers(round_: int, row: dict) -> None:
@@ -399,9 +422,8 @@ def _warn_of_numbers(round_: int, row: dict) -> None:
             file=sys.stderr,
         )
     if ids := row["nan_clients"]:
-        rest = f" and {len(ids) - 10} more" if len(ids) > 10 else ""
         print(
-            f"fedlora-mpi: round {round_}: client {', '.join(map(str, ids[:10]))}{rest}: logits of "
+            f"fedlora-mpi: round {round_}: client {_join_ids(ids)}: logits of "
             "test samples are no numbers (nan); these samples count as wrong, see nan_predictions "
             "of the log",
             file=sys.stderr,

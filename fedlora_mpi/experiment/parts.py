@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -12,6 +13,7 @@ from ..aggregation.flat_layout import Layout
 from ..algorithm import LocalTraining, Transport, Variables, check_trainable
 from ..config import Config
 from ..config.blocks import prefix_errors
+from ..core.losses import Loss, find_loss
 from ..core.names import display_name
 from ..core.seeds import rng
 from ..data.datasets import Data, load
@@ -19,6 +21,7 @@ from ..data.feed import Feed
 from ..data.partition import Split
 from ..engine.compiled import StepCompiler, need_compiler
 from ..engine.graphs import GraphCache
+from ..engine.metrics import check_metrics
 from ..engine.settings import Engine
 from ..engine.train import ClientFeed, Trainer
 from ..federation.clients import ClientType
@@ -31,8 +34,21 @@ from .method_trial import try_method
 
 def load_data(config: Config, source: str) -> Data:
     """The data set of a config."""
+    loss = load_loss(config, source)
     with prefix_errors(source, "data"):
-        return load(config.data.source)
+        data = load(config.data.source, loss.targets)
+        if config.data.tasks and data.targets != "classes":
+            raise ValueError(
+                f"tasks.classes = {config.data.tasks.classes}: needs a class of each sample, and "
+                f"the targets are {data.targets}; leave data.tasks out"
+            )
+    return data
+
+
+def load_loss(config: Config, source: str) -> Loss:
+    """The loss of a config."""
+    with prefix_errors(source, "model"):
+        return find_loss(config.model.loss)
 
 
 def tell_hints(data: Data, source: str) -> None:
@@ -44,34 +60,62 @@ def tell_hints(data: Data, source: str) -> None:
 def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
     """The networks of a config, each checked against its algorithm."""
     models, builder_inputs = [], (data.classes, data.shape, config.seed, data.tokens, data.padding)
+    loss = load_loss(config, source)
+    with prefix_errors(source, "model"):
+        loss = loss.for_data(data.targets, data.classes)
+    with prefix_errors(source, "evaluate"):
+        check_metrics(config.evaluate.metrics, data.targets, data.classes)
+    with prefix_errors(source, "algorithm"):
+        _check_targets(config, data)
     for network in config.model.mix:
         if network.name == "hf" and data.vocabulary and not config.data.source.text.tokenizer:
             reason = "network hf reads the tokens of its own tokenizer; give it"
             raise ValueError(f"{source}: data.text.tokenizer = null: {reason}")
         with prefix_errors(source, "model"):
-            models.append(
-                build_model(
-                    network.name,
-                    network.options,
-                    *builder_inputs,
-                    weights=network.weights,
-                    head=network.head,
-                    output=network.output,
-                )
+            model = build_model(
+                network.name,
+                network.options,
+                *builder_inputs,
+                weights=network.weights,
+                head=network.head,
+                output=network.output,
             )
+            models.append(replace(model, loss=loss))
         with prefix_errors(source, "algorithm"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # ``training_hints`` shows them once
             config.algorithm.check(models[-1], config.train)
     return tuple(models)
 
 
+def _check_targets(config: Config, data: Data) -> None:
+    """Raise ValueError if the method needs what the data do not have, or shares a name of the log
+    with a metric.
+    """
+    method, name = config.algorithm, configs.algorithm_name(config.algorithm)
+    if method.needs_class_labels and data.targets != "classes":
+        raise ValueError(
+            f"name = {name}: needs a class of each sample, and model.loss = {config.model.loss} "
+            f"has {data.targets} as targets; choose another method, docs/methods.md says which "
+            "need classes"
+        )
+    if both := {*config.evaluate.metrics} & {*method.metrics}:
+        raise ValueError(
+            f"name = {name}: logs {min(both)} itself; leave it out of evaluate.metrics"
+        )
+
+
 def split_data(config: Config, source: str, data: Data) -> Split:
     """Who has which samples."""
     owners = {"owners": data.owners} if data.owners else {}
+    partition = config.data.partition
     with prefix_errors(source, "data"):
-        return config.data.partition.split(
-            data.train.y.numpy(), data.test.y.numpy(), data.classes, **owners
-        )
+        if partition.by_class and data.targets != "classes":
+            raise ValueError(
+                f"partition.kind = {configs.partition_kind(partition)}: needs a class of each "
+                f"sample, and the targets are {data.targets}; choose iid, quantity or given"
+            )
+        train_y, test_y = data.class_labels
+        return partition.split(train_y, test_y, data.label_classes, **owners)
 
 
 class Parts(NamedTuple):
@@ -86,6 +130,7 @@ class Parts(NamedTuple):
     type_of_client: tuple[int, ...]  # of each client
     initial_variables: Sequence[Variables]  # of each kind
     device: torch.device
+    metrics: Sequence[str] = ()  # of an evaluation
 
     def client_types(self, train: LocalTraining, engine: Engine) -> tuple[ClientType, ...]:
         """The kinds of clients as an engine trains them."""
@@ -110,6 +155,7 @@ class Parts(NamedTuple):
                     make_compiler(),
                     make_graphs(),
                     engine.precision,
+                    metrics=self.metrics,
                 ),
                 initial,
                 prefix,
@@ -161,7 +207,17 @@ def make_parts(
     if config.log.tensorboard:
         with prefix_errors(source, "log"):
             import_tensorboard()
-    return Parts(data, models, split, feed, variants, kind_of, initial_variables, device)
+    return Parts(
+        data,
+        models,
+        split,
+        feed,
+        variants,
+        kind_of,
+        initial_variables,
+        device,
+        config.evaluate.metrics,
+    )
 
 
 def _try_users_method(config: Config, source: str, models: Sequence[Model]) -> None:

@@ -73,27 +73,30 @@ def pretrain(
         not os.path.lexists(to), f"--to = {to}", "the file exists; remove it or choose another"
     )
     pack_safetensors({})  # raises ValueError if safetensors is missing
-    block = ModelBlock((networks[network],))
+    block = ModelBlock((networks[network],), loss=config.model.loss)
     trainer, tree = _prepare(replace(config, model=block, algorithm=FedAvg()), source, classes)
-    if is_external(networks[network].name):
+    if is_external(networks[network].name) or is_external(config.model.loss):
         with prefix_errors(source):
             rehearse_engine(
                 Engine(path="loop"),
                 config.engine,
                 [(networks[network].name, trainer, Variables(tree, {}))],
                 method="fedavg",
+                loss=config.model.loss,
             )
     _create_folder(to)
     for epoch, result in enumerate(_train_epochs(trainer, tree, epochs), 1):
-        tree, loss, accuracy, nan, seconds = result
+        tree, loss, accuracy, test_loss, nan, seconds = result
         if nan:
             warning = (
                 f"epoch {epoch}: logits of {nan:.2%} of the test samples are no numbers (nan); "
                 "these count as wrong"
             )
             print(f"fedlora-mpi: {warning}", file=sys.stderr, flush=True)
+        has_classes = trainer.model.loss.targets == "classes"
+        score = f"accuracy {accuracy:.2%}" if has_classes else f"loss {test_loss:.4f}"
         print(
-            f"epoch {epoch}/{epochs} · test accuracy {accuracy:.2%} · train loss {loss:.4f} · "
+            f"epoch {epoch}/{epochs} · test {score} · train loss {loss:.4f} · "
             f"{format_seconds(seconds)}",
             flush=True,
         )
@@ -127,10 +130,9 @@ def parse_classes(text: str | None, classes: int) -> list[int]:
 def pool_samples(data: Data, classes: Collection[int]) -> Split:
     """Return a split in which one client has all training and test samples of these classes."""
     rows, class_counts = [], []
-    for name, side in (("training", data.train), ("test", data.test)):
-        y = side.y.numpy()
+    for name, y in zip(("training", "test"), data.class_labels, strict=True):
         rows.append((np.flatnonzero(np.isin(y, list(classes))),))
-        class_counts.append(np.bincount(y[rows[-1][0]], minlength=data.classes)[None])
+        class_counts.append(np.bincount(y[rows[-1][0]], minlength=data.label_classes)[None])
         _require(
             len(rows[-1][0]) > 0,
             f"--classes = {','.join(map(str, classes))}",
@@ -153,7 +155,7 @@ def _prepare(config: Config, source: str, classes: str | None) -> tuple[Trainer,
         f"model.name = {name}",
         "all its parameters are frozen (requires_grad is False); leave some to be trained",
     )
-    split = pool_samples(data, parse_classes(classes, data.classes))
+    split = pool_samples(data, parse_classes(classes, data.label_classes))
     feed = Feed(data, split, seed=config.seed, shift="none", device=device, augment=True)
     settings = replace(config.train, epochs=1)
     trainer = Trainer(
@@ -164,8 +166,9 @@ def _prepare(config: Config, source: str, classes: str | None) -> tuple[Trainer,
 
 def _train_epochs(
     trainer: Trainer, tree: Tree, epochs: int
-) -> Iterator[tuple[Tree, float, float, float, float]]:
-    """Yield (leaves, training loss, test accuracy, NaN predictions, seconds) of every epoch.
+) -> Iterator[tuple[Tree, float, float, float, float, float]]:
+    """Yield (leaves, training loss, test accuracy, test loss, NaN predictions, seconds) of every
+    epoch.
 
     Accuracy and NaN predictions are fractions; the latter are test samples with NaN for a logit.
     Raises Fault.
@@ -173,7 +176,7 @@ def _train_epochs(
     for epoch in range(epochs):
         start_time = time.perf_counter()
         (result,) = trainer.train([0], tree, {}, epoch, evaluate=True)
-        assert result.score is not None and result.nan_predictions is not None  # evaluated
+        assert result.score is not None  # evaluated
         tree = result.end.shared
         if not all(torch.isfinite(v).all() for v in (result.loss, *tree.values())):
             raise Fault(
@@ -183,8 +186,7 @@ def _train_epochs(
         yield (
             tree,
             float(result.loss),
-            float(result.score[0]),
-            float(result.nan_predictions),
+            *result.score.tolist(),
             time.perf_counter() - start_time,
         )
 

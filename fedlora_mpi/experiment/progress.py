@@ -2,17 +2,18 @@
 
 import sys
 import time
+from collections.abc import Sequence
 
 
 class Progress:
     """The progress line on standard error.
 
     On a terminal it is one line that is updated. In a file it is a line per round, at most one per
-    second.
+    second. scores: columns that it shows beside the accuracy.
     """
 
-    def __init__(self, rounds: int, rounds_done: int) -> None:
-        self._rounds, self._resumed_round = rounds, rounds_done
+    def __init__(self, rounds: int, rounds_done: int, scores: Sequence[str] = ()) -> None:
+        self._rounds, self._resumed_round, self._scores = rounds, rounds_done, scores
         self._start, self._last_shown = time.perf_counter(), 0.0
         self._is_terminal = sys.stderr.isatty()
 
@@ -36,6 +37,9 @@ class Progress:
             parts.append(
                 f"accuracy {row['accuracy']:.2%} (worst client {row['accuracy_worst']:.2%})"
             )
+        for name in self._scores:
+            if row[name] == row[name]:
+                parts.append(f"{'test loss' if name == 'loss' else name} {row[name]:.4g}")
         parts.append(f"train loss {row['train_loss']:.4f}")
         seconds = sum(value for name, value in row.items() if name.startswith("seconds_"))
         parts.append(f"{row['clients'] / seconds:.1f} clients/s")

@@ -16,7 +16,7 @@ SCORES = ("accuracy", "loss", "accuracy_aggregated", "accuracy_trained")  # of e
 class Scores(NamedTuple):
     """Results of an evaluation, equal on all ranks; NaN for clients that were not evaluated."""
 
-    columns: dict[str, np.ndarray]  # [N] each, by the names of ``SCORES``
+    columns: dict[str, np.ndarray]  # [N] each, by ``SCORES`` and ``Federation.metrics``
     nan_predictions: np.ndarray  # [N] fraction of test samples with a NaN logit
     seconds: dict[str, np.ndarray]  # {stage: [R]} of each rank since the last evaluated round
 
@@ -26,10 +26,10 @@ def evaluate_clients(
 ) -> Scores:
     """Evaluate the cohort or everybody, each client with its own model on its own test data.
 
-    trained: scores [3] of this rank's clients right after training. ``accuracy``, ``loss`` and
-    ``nan_predictions`` are those of the model that ``Algorithm.evaluate_on`` names. A client
-    outside the cohort was not trained: it has NaN after training, and its model after aggregation
-    counts. A client without a test sample of the classes so far has NaN in both.
+    trained: scores [3 + m] of this rank's clients right after training. ``accuracy``, ``loss``,
+    ``nan_predictions`` and the m metrics are those of the model that ``Algorithm.evaluate_on``
+    names. A client outside the cohort was not trained: it has NaN after training, and its model
+    after aggregation counts. A client without a test sample of the classes so far has NaN in both.
     """
     comm, instruments = federation.comm, federation.instruments
     # the task of the round; the state counts the next one
@@ -38,7 +38,8 @@ def evaluate_clients(
     evaluated = cohort.members if federation.evaluate_cohort_only else range(everyone)
     with instruments.stage("evaluate", cohort.round):
         # scores of the clients at two moments, then seconds of the ranks
-        table = np.zeros((everyone + comm.size, 6))
+        width = 3 + len(federation.metrics)
+        table = np.zeros((everyone + comm.size, 2 * width))
         for group in federation.placement.groups_of(comm.rank):
             members_of_group = [c for c in group if c in evaluated]
             if not members_of_group:
@@ -51,9 +52,9 @@ def evaluate_clients(
                 instruments.heartbeat.enter_stage("the evaluation", members)
                 rows_C = federation.store.read(state.personal, members)
                 scores_C = trainer.score_clients(members, state.shared, rows_C, state.round)
-                table[members, :3] = scores_C.numpy()
-                table[members, 3:] = [
-                    trained[c].tolist() if c in trained else [np.nan] * 3 for c in members
+                table[members, :width] = scores_C.numpy()
+                table[members, width:] = [
+                    trained[c].tolist() if c in trained else [np.nan] * width for c in members
                 ]
         table[everyone + comm.rank, : len(STAGES)] = instruments.take_seconds("evaluate")
         federation.store.release()
@@ -61,15 +62,15 @@ def evaluate_clients(
     unevaluated = np.arange(len(table)) < everyone
     unevaluated[list(evaluated)] = False
     table[unevaluated] = np.nan
-    after_aggregation, after_training = table[:everyone, :3], table[:everyone, 3:]
+    after_aggregation, after_training = table[:everyone, :width], table[:everyone, width:]
     judged = after_aggregation
     if federation.algorithm.evaluate_on == "after_training":
-        # by the accuracy: a loss may be nan
-        judged = np.where(np.isnan(after_training[:, :1]), after_aggregation, after_training)
-    accuracy, loss, nan = judged.T
-    columns = accuracy, loss, after_aggregation[:, 0], after_training[:, 0]
+        # by the NaN predictions: a loss may be nan, and the accuracy where there are no classes
+        judged = np.where(np.isnan(after_training[:, 2:3]), after_aggregation, after_training)
+    accuracy, loss, nan, *metrics = judged.T
+    columns = accuracy, loss, after_aggregation[:, 0], after_training[:, 0], *metrics
     return Scores(
-        dict(zip(SCORES, columns, strict=True)),
+        dict(zip((*SCORES, *federation.metrics), columns, strict=True)),
         nan,
         dict(zip(STAGES, table[everyone:].T, strict=False)),
     )

@@ -34,6 +34,11 @@ class Federation:
     # whether those who are evaluated in a round are its cohort; else everybody is
     evaluate_cohort_only: bool = False
 
+    @property
+    def metrics(self) -> Sequence[str]:
+        """The names of the metrics of an evaluation."""
+        return self.clients.trainer.metrics
+
     @classmethod
     def build(
         cls,

@@ -20,13 +20,15 @@ def report(
     """The row of a round and the columns [N] of its clients, equal on all ranks.
 
     state: before the round. ``drift``: see ``Aggregator``. ``skipped``: clients whose numbers were
-    not finite. ``nan_clients``: clients that have a test sample with a NaN logit. ``seconds_ranks``
+    not finite. ``nan_clients``: clients that have a test sample with a NaN logit.
+    ``undefined_metrics``: {metric: evaluated clients that have none}. ``seconds_ranks``
     of an evaluated round: {stage: [R] seconds since the last such round} (see ``Stopwatch``); of
     another round {}.
     """
     unknown = np.full(len(cohort.clients), np.nan)
     if scores is None:
-        scores = Scores(dict.fromkeys(SCORES, unknown), unknown, {})
+        names = (*SCORES, *federation.metrics)
+        scores = Scores(dict.fromkeys(names, unknown), unknown, {})
     row: dict = {
         "train_loss": received.train_loss,
         "clients": received.trained,
@@ -42,6 +44,12 @@ def report(
     row |= {name: _nanmean(column) for name, column in scores.columns.items()}
     row["nan_predictions"] = _nanmean(scores.nan_predictions)
     row["nan_clients"] = np.flatnonzero(scores.nan_predictions > 0).tolist()
+    if federation.metrics:
+        is_evaluated = ~np.isnan(scores.nan_predictions)
+        row["undefined_metrics"] = {
+            name: np.flatnonzero(np.isnan(scores.columns[name]) & is_evaluated).tolist()
+            for name in federation.metrics
+        }
     row |= {f"seconds_{name}": t for name, t in federation.instruments.seconds.items()}
     row["seconds_ranks"] = scores.seconds
     return row, scores.columns

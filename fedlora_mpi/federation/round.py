@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..aggregation.aggregator import Received, Uploads
@@ -37,7 +36,8 @@ class Trained(NamedTuple):
     """This rank's part of the cohort after local training."""
 
     uploads: Uploads
-    # [3] of each client's own model, as ``Trainer.score_clients`` has them; empty unless evaluated
+    # [3 + m] of each client's own model, as ``Trainer.score_clients`` has them; empty unless
+    # evaluated
     scores: dict[int, Tensor]
 
 
@@ -60,9 +60,7 @@ def train(federation: Federation, state: State, cohort: Cohort, evaluate: bool) 
                     if not aggregator.add(uploads, result):
                         continue
                     if result.score is not None:
-                        assert result.nan_predictions is not None
-                        nan = result.nan_predictions[None]
-                        scores[result.client] = torch.cat([result.score, nan])
+                        scores[result.client] = result.score
                     store.write(state.personal, result.client, result.host_personal)
         return Trained(uploads, scores)
 

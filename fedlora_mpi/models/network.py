@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..core.batch import Batch
 from ..core.escapes import summarize_error
+from ..core.losses import CROSS_ENTROPY, Loss
 from ..core.seeds import isolate_rng
 from ..core.tree import Tree
 from .counting import forward_with_flops
@@ -52,6 +53,8 @@ class Leaf(NamedTuple):
 class Model:
     """A network: ``model(tree, x)`` returns logits [B, classes] for the leaves ``tree``.
 
+    ``model.loss(logits, batch)`` is the mean loss of a batch, as ``model.loss`` of a config says.
+    Where the targets are no classes, ``classes`` counts the outputs.
     In training mode BatchNorm writes its running statistics into the ``stats`` leaves of ``tree``.
     ``flops`` counts one forward pass of one sample (a multiply-add is 2).
     """
@@ -82,6 +85,7 @@ class Model:
     ends_in_linear: bool = False
     # the field of the module's own output that holds the logits; None if it returns them alone
     output: Field | None = None
+    loss: Loss = CROSS_ENTROPY
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
         return self._call(self.modules[self.training], self.leaf_names[0], tree, x, self.effects)

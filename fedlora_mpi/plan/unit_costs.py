@@ -42,7 +42,7 @@ from .line import CostLine, sample_limits
 # approximate seconds of the trial of a client type; it always takes two rounds of each size
 _SECONDS = 4.0
 # entries of a round's row that are not columns of the log
-_LIST_COLUMNS = ("stop", "skipped", "nan_clients", "seconds_ranks")
+_LIST_COLUMNS = ("stop", "skipped", "nan_clients", "undefined_metrics", "seconds_ranks")
 _MAX_REPEATS = 5  # largest number of rounds of each size, reached if rounds are short
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from ...core.units import unit_prefix
 from ..groups import Group, count_clients, count_seeds
+from ..scores import score_names
 from .crowd import caption_note, named_groups
 from .style import (
     WIDTH,
@@ -68,6 +69,28 @@ def learning_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
         "accuracy / %",
         100,
     )
+
+
+def score_curves(groups: Sequence[Group], looks: Looks) -> list[PageFigure]:
+    """Draw the test loss of runs without classes and each of ``evaluate.metrics``."""
+    runs = [run for group in groups for run in group.runs]
+    names = dict.fromkeys(name for run in runs for name in score_names(run.config, run.rounds))
+    figures = []
+    for name in names:
+        label = "test loss" if name == "loss" else name
+        caption = (
+            f"{label} of each client's own model on its own test data, mean over the clients that "
+            f"have one and over seeds; {_BAND_NOTE}."
+        )
+
+        def curve(group, name=name):
+            return group.curves(name)
+
+        title = f"Learning curves: {label}"
+        figures.append(
+            _line_figure(f"learning-{name}", title, caption, groups, looks, curve, label)
+        )
+    return [drawn for drawn in figures if drawn]
 
 
 def loss_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:

@@ -104,6 +104,7 @@ def collect_content(logs: Sequence[RunLog], compares: bool = False) -> PageConte
     on_grids, swept_keys = sweeps.grid_figures(groups, run_groups.keys)
     figures = [
         curves.learning_curves(groups, look_of),
+        *curves.score_curves(groups, look_of),
         curves.client_spread(groups, look_of),
         clients.client_distribution(groups, look_of),
         clients.rival_scatter(pairs, look_of),
