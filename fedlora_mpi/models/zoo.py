@@ -181,7 +181,11 @@ def build(
     are missing or do not fit, or if it has no such head or output.
     """
     with isolate_rng(seed, "model"):
-        module = _build_module(name, dict(options), classes, shape, tokens, padding)
+        own = _own_options(name, {"head": head, "output": output})
+        module = _build_module(name, {**options, **own}, classes, shape, tokens, padding)
+        head, output = (
+            None if key in own else v for key, v in (("head", head), ("output", output))
+        )
         model = from_module(module, classes, shape, tokens, head=head, output=output)
         if is_external(name) and not name.startswith("torchvision:"):
             model = replace(model, couples=couples_examples(model, seed))
@@ -193,6 +197,21 @@ def build(
         )
     except ValueError as error:
         raise ValueError(f"weights = {weights}: {error}") from error
+
+
+def _own_options(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings that a user's builder has as parameters, which are then its own."""
+    if not is_external(name) or name.startswith("torchvision:"):
+        return {}
+    try:
+        builder = import_object(name)
+    except (Exception, SystemExit):  # ``_build_module`` says what is wrong
+        return {}
+    return {
+        key: value
+        for key, value in settings.items()
+        if value is not None and _has_parameter(builder, key)
+    }
 
 
 def is_external(name: str) -> bool:
