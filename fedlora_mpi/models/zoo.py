@@ -183,9 +183,8 @@ def build(
     with isolate_rng(seed, "model"):
         own = _own_options(name, {"head": head, "output": output})
         module = _build_module(name, {**options, **own}, classes, shape, tokens, padding)
-        head, output = (
-            None if key in own else v for key, v in (("head", head), ("output", output))
-        )
+        head = None if "head" in own else head
+        output = None if "output" in own else output
         model = from_module(module, classes, shape, tokens, head=head, output=output)
         if is_external(name) and not name.startswith("torchvision:"):
             model = replace(model, couples=couples_examples(model, seed))
