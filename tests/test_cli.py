@@ -448,3 +448,18 @@ def test_a_digest_is_equal_for_equal_runs_and_only_for_those(call, six, copy, tm
 @pytest.mark.parametrize("name", ["report", "digest"])
 def test_reading_what_is_no_run_is_refused(call, name, tmp_path):
     assert_refused(call(name, tmp_path), f"{tmp_path}: not a run folder, it has no log.h5")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["config"], ["plan"], ["partition"], ["submit", "--dry-run"],
+     ["pretrain", "--epochs=1", "--to", "net.safetensors"]],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_every_command_tells_what_an_override_resets(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command, *options = words
+    iid = "data.partition={kind: iid, train: 20, test: 5}"
+    assert main([command, str(TINY), iid, *options]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "resets" in line]
+    assert len(told) == 1 and "data.partition.alpha = 0.7" in told[0]

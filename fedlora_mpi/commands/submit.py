@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from .command import Command, add_config_argument, add_override_arguments, as_keywords
+from .command import Command, add_config_argument, add_override_arguments, as_keywords, tell_resets
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -39,10 +39,16 @@ def add_slurm_arguments(parser: argparse._ActionsContainer) -> None:
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:
     """Queue a run."""
+    from ..config import read
     from ..experiment.slurm import submit
     from ..mpi.ending import collectively
 
-    print(collectively(comm, lambda: submit(args.config, **as_keywords(args, "config"))))
+    def queue() -> str:
+        config = read(args.config, args.overrides)  # a mistake shows now, not in the job
+        tell_resets(config)
+        return submit(config, args.config, **as_keywords(args, "config"))
+
+    print(collectively(comm, queue))
     return 0
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import config as configs
 from ..config import Config
 from ..core.bounds import bounded
 from ..core.escapes import escape_line
@@ -175,14 +174,17 @@ def job_for(config: Config, config_file: str | Path, **options: Any) -> Job:
 
 
 def submit(
-    config_file: str, overrides: Sequence[str], dry_run: bool, **options: str | int | None
+    config: Config,
+    config_file: str,
+    overrides: Sequence[str],
+    dry_run: bool,
+    **options: str | int | None,
 ) -> str:
-    """Queue the run of a config and return a message for the user; with ``dry_run`` the script.
+    """Queue a run and return a message for the user; with ``dry_run`` the script.
 
-    The config is read here too, so that a mistake shows now, not when the job starts. Raises
-    ValueError.
+    config: what ``config_file`` and ``overrides`` say; the job reads them again. Raises ValueError.
     """
-    job = job_for(configs.read(config_file, overrides), config_file, **options)
+    job = job_for(config, config_file, **options)
     arguments = shlex.join([str(config_file), *overrides])
     text = sbatch_script(
         job,
