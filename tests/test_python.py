@@ -131,6 +131,40 @@ def test_the_examples_hold():
     assert results == (0, 7)
 
 
+EDITED = """from dataclasses import dataclass
+from fedlora_mpi import Algorithm, Upload
+from edited_factor import FACTOR
+
+@dataclass(frozen=True)
+class A(Algorithm):
+    def upload(self, start, end, round_):
+        return Upload(mean={n: w * FACTOR for n, w in end.shared.items()})
+"""
+
+
+def test_an_edited_method_is_loaded_anew(folder, monkeypatch):
+    monkeypatch.delitem(sys.modules, "edited", raising=False)
+    monkeypatch.delitem(sys.modules, "edited_factor", raising=False)
+
+    def digest(method: str, factor: str) -> dict:
+        (folder / "edited.py").write_text(method)
+        (folder / "edited_factor.py").write_text(f"FACTOR = {factor}\n")
+        importlib.invalidate_caches()
+        options = {"algorithm": "edited:A", "rounds": 1, "overwrite": True, "quiet": True}
+        return fedlora_mpi.run(TINY, **options).digest()
+
+    plain = digest(EDITED, "1.0")
+    first = sys.modules["edited"].A
+    assert digest(EDITED, "1.0") == plain and sys.modules["edited"].A is first  # nothing changed
+    halved = digest(EDITED.replace("FACTOR for", "0.5 * FACTOR for"), "1.0")
+    assert halved != plain
+    assert digest(EDITED, "0.500") == halved  # the module that it imports has changed
+    assert "mistake" in message_of(lambda: digest("mistake\n", "1.0"))
+    assert digest(EDITED, "1.0") == plain
+    other = EDITED.replace("class A", "class Other")
+    assert "has no attribute 'A'" in message_of(lambda: digest(other, "1.0"))
+
+
 # --- mistakes and ends
 
 
