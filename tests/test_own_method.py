@@ -398,6 +398,14 @@ def test_no_method_of_the_package_has_a_hook_that_is_nearly_named(name):
     assert misspelt_hooks(find_algorithm(name)) == []
 
 
+@pytest.mark.parametrize("given", ["mine.py", "mine"])
+def test_a_check_of_a_file_says_how_to_name_the_class(call, given):
+    code, out, _ = call("check", given)
+    told = f"{given}: must be MODULE:CLASS, such as mine:Mine"
+    assert code == 2 and lines_by_check(out)["class"] == ("mistake", told)
+    assert "Did you mean fedavg" in call("check", "fedavgg")[1]
+
+
 LATE = ("a loss that looks at numbers", "a count outside")  # they train twice or more
 
 

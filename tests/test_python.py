@@ -131,6 +131,21 @@ def test_the_examples_hold():
     assert results == (0, 7)
 
 
+def test_a_run_may_be_read_from_another_working_folder(folder):
+    run = fedlora_mpi.run(TINY, quiet=True, rounds=1)
+    accuracy = run.array("accuracy")
+    (folder / "other").mkdir()
+    os.chdir(folder / "other")
+    assert np.array_equal(run.array("accuracy"), accuracy) and run.path == Path("run")
+    assert run.client(0).weights
+
+
+def test_a_file_in_the_place_of_the_run_folder_is_told(folder):
+    (folder / "run").touch()
+    said = message_of(lambda: fedlora_mpi.run(TINY, quiet=True))
+    assert said.endswith("output = run: is no folder; choose another with output=...")
+
+
 EDITED = """from dataclasses import dataclass
 from fedlora_mpi import Algorithm, Upload
 from edited_factor import FACTOR
@@ -171,6 +186,10 @@ def test_an_edited_method_is_loaded_anew(folder, monkeypatch):
 @pytest.mark.parametrize(
     "call, said",
     [
+        (lambda: fedlora_mpi.run([1]), "config = [1]: must be a YAML file, the name of a config"),
+        (lambda: fedlora_mpi.run(None), "config = None: must be a YAML file"),
+        (lambda: fedlora_mpi.run({1: 2}), "config: the key 1 must be a text"),
+        (lambda: fedlora_mpi.run(TINY, ranks="3"), "ranks = '3': must be an integer of at least 1"),
         (lambda: fedlora_mpi.run(TINY, **{"train.lrr": 1}), "train.lrr = 1: train has no such"),
         (lambda: fedlora_mpi.run(TINY, rounds=object()), "rounds = <object"),
         (lambda: fedlora_mpi.run("nothing"), "nothing: cannot be read: No such file or directory;"),

@@ -508,6 +508,10 @@ def parse_tree(config: str | Path | Mapping[str, Any]) -> str | dict[str, Any]:
     """
     if isinstance(config, Mapping):
         return _plain(config, "config")
+    if not isinstance(config, str | os.PathLike):
+        raise ConfigError(
+            f"config = {config!r}: must be a YAML file, the name of a config, YAML text or a dict"
+        )
     text = os.fspath(config)
     return _check_keys(_parse_yaml(text, "config"), "config") if "\n" in text else text
 
@@ -531,6 +535,9 @@ def override_text(key: str, value: Any) -> str:
 def _plain(value: Any, key: str) -> Any:
     """``value`` as YAML reads it: tuples are lists, paths texts. Raises ConfigError."""
     if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):
+                raise ConfigError(f"{key}: the key {name!r} must be a text")
         return {name: _plain(item, f"{key}.{name}") for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, key) for item in value]

@@ -19,9 +19,9 @@ from torch import nn
 
 from .. import config as configs
 from ..algorithm import misspelt_hooks
-from ..algorithms import find_algorithm
+from ..algorithms import algorithm_names, find_algorithm
 from ..config import Config
-from ..config.blocks import prefix_errors
+from ..config.blocks import prefix_errors, suggest
 from ..core.escapes import escape_line
 from ..engine.method_guard import describe_failure
 from ..engine.rehearsal import find_objection
@@ -142,6 +142,10 @@ def _class_outcome(subject: _Subject) -> tuple[str, str]:
 
 
 def _check_class(subject: _Subject) -> None:
+    name = subject.name
+    if ":" not in name and (name.endswith(".py") or not suggest(name, algorithm_names())):
+        module = name.removesuffix(".py").replace("/", ".")
+        raise ValueError(f"{name}: must be MODULE:CLASS, such as {module}:Mine")
     subject.read_config()
 
 
