@@ -98,7 +98,7 @@ class RunView:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved config, with every key."""
+        """The resolved config. Some keys are there only if they differ from their defaults."""
         return self._files.config
 
     @property
