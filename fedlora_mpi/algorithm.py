@@ -7,6 +7,7 @@ adds the client axis and ``mpi/`` adds the rank axis. Neither appears here or in
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Generator, Tensor
@@ -411,6 +412,19 @@ def dataclass_mistake(cls: type[Algorithm]) -> str:
     if new_fields and "__dataclass_params__" not in vars(cls):
         return f"is no dataclass of its own, so {new_fields[0]} is no field; {way_out}"
     return ""
+
+
+def misspelt_hooks(cls: type[Algorithm]) -> list[str]:
+    """A line for each public method of the class whose name is nearly that of a hook."""
+    methods = [
+        name
+        for name, value in inspect.getmembers(cls, inspect.isfunction)
+        if not name.startswith("_") and not hasattr(Algorithm, name)
+    ]
+    matches = {name: get_close_matches(name, HOOKS, 1, cutoff=0.8) for name in methods}
+    return [
+        f"{n} is no hook; did you mean {hook}?" for n, hooks in matches.items() for hook in hooks
+    ]
 
 
 def low_rank_of(initial: Variables) -> dict[str, int]:

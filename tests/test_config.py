@@ -718,7 +718,25 @@ def test_the_annotated_config_is_the_config_with_the_origin_of_every_key(write):
     assert origin["lr"] == f"{path}:3" and origin["epochs"] == origin["rounds"] == "command line"
     assert origin["name"] == f"{path}:4" and origin["weights"] == "default"
     base = path.with_name("base.yaml")
-    assert origin["clients"] == f"{base}:2" and origin["seed"] == "default"
+    assert origin["alpha"] == f"{base}:2" and origin["seed"] == "default"
+
+
+@pytest.mark.parametrize("model", ["cnn", "{mix: [{name: cnn}, {name: cnn5}], clients: [2, 3]}"])
+def test_the_annotated_config_has_the_keys_that_a_run_records_only_if_set(write, model):
+    options = ["data.partition.clients=5", f"model={model}"]
+    path = write(GOOD)
+    text = annotated_yaml(path, options)
+    again = write(text, "again.yaml")
+    assert read(again) == read(path, options)
+    flat = " ".join(text.split())
+    for words in (
+        "loss: cross_entropy # default", "head: null", "weights: null", "compile: false # default",
+        "personal: memory # default", "graphs: auto # default", "metrics: [] # default",
+        "tolerate: false # default", "csv: false # default", "clip: null # default",
+        "tasks: null # default", "tokenizer: null # default", "path: null # default",
+    ):  # fmt: skip
+        assert words in flat, words
+    assert "compile" not in resolved_yaml(read(again))
 
 
 def test_an_explained_config_says_what_the_settings_of_the_method_mean(write):

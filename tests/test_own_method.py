@@ -8,7 +8,8 @@ from runs import TINY, package_lines
 from tiers import tiered_param
 
 from fedlora_mpi import algorithms
-from fedlora_mpi.algorithm import LocalTraining
+from fedlora_mpi.algorithm import LocalTraining, misspelt_hooks
+from fedlora_mpi.algorithms import algorithm_names, find_algorithm
 from fedlora_mpi.cli import main
 from fedlora_mpi.config.reading import ConfigError, read
 from fedlora_mpi.core.in_place import TreeState
@@ -380,6 +381,29 @@ def test_a_right_method_passes_every_check(method, capsys, tmp_path):
     results = lines_by_check(capsys.readouterr().out)
     assert list(results) == RIGHT and {level for level, _ in results.values()} == {"ok"}
     assert set(tmp_path.iterdir()) - before <= {tmp_path / "__pycache__"}
+
+
+def test_a_hook_that_is_nearly_named_is_a_hint(method, call):
+    name = method("def int(self, model): ...\ndef locall(self): ...\ndef twice(self): ...")
+    told = f"{name}: int is no hook; did you mean init? locall is no hook; did you mean local?"
+    code, out, _ = call("check", name)
+    assert code == 0 and lines_by_check(out)["class"] == ("hint", told)
+    _, _, err = call("run", TINY, f"algorithm={name}", "rounds=1")
+    hint = f"hint: {name}: locall is no hook; did you mean local?"
+    assert hint in err.splitlines() and "twice" not in err
+
+
+@pytest.mark.parametrize("name", algorithm_names())
+def test_no_method_of_the_package_has_a_hook_that_is_nearly_named(name):
+    assert misspelt_hooks(find_algorithm(name)) == []
+
+
+@pytest.mark.parametrize("given", ["mine.py", "mine"])
+def test_a_check_of_a_file_says_how_to_name_the_class(call, given):
+    code, out, _ = call("check", given)
+    told = f"{given}: must be MODULE:CLASS, such as mine:Mine"
+    assert code == 2 and lines_by_check(out)["class"] == ("mistake", told)
+    assert "Did you mean fedavg" in call("check", "fedavgg")[1]
 
 
 LATE = ("a loss that looks at numbers", "a count outside")  # they train twice or more

@@ -131,12 +131,65 @@ def test_the_examples_hold():
     assert results == (0, 7)
 
 
+def test_a_run_may_be_read_from_another_working_folder(folder):
+    run = fedlora_mpi.run(TINY, quiet=True, rounds=1)
+    accuracy = run.array("accuracy")
+    (folder / "other").mkdir()
+    os.chdir(folder / "other")
+    assert np.array_equal(run.array("accuracy"), accuracy) and run.path == Path("run")
+    assert run.client(0).weights
+
+
+def test_a_file_in_the_place_of_the_run_folder_is_told(folder):
+    (folder / "run").touch()
+    said = message_of(lambda: fedlora_mpi.run(TINY, quiet=True))
+    assert said.endswith("output = run: is no folder; choose another with output=...")
+
+
+EDITED = """from dataclasses import dataclass
+from fedlora_mpi import Algorithm, Upload
+from edited_factor import FACTOR
+
+@dataclass(frozen=True)
+class A(Algorithm):
+    def upload(self, start, end, round_):
+        return Upload(mean={n: w * FACTOR for n, w in end.shared.items()})
+"""
+
+
+def test_an_edited_method_is_loaded_anew(folder, monkeypatch):
+    monkeypatch.delitem(sys.modules, "edited", raising=False)
+    monkeypatch.delitem(sys.modules, "edited_factor", raising=False)
+
+    def digest(method: str, factor: str) -> dict:
+        (folder / "edited.py").write_text(method)
+        (folder / "edited_factor.py").write_text(f"FACTOR = {factor}\n")
+        importlib.invalidate_caches()
+        options = {"algorithm": "edited:A", "rounds": 1, "overwrite": True, "quiet": True}
+        return fedlora_mpi.run(TINY, **options).digest()
+
+    plain = digest(EDITED, "1.0")
+    first = sys.modules["edited"].A
+    assert digest(EDITED, "1.0") == plain and sys.modules["edited"].A is first  # nothing changed
+    halved = digest(EDITED.replace("FACTOR for", "0.5 * FACTOR for"), "1.0")
+    assert halved != plain
+    assert digest(EDITED, "0.500") == halved  # the module that it imports has changed
+    assert "mistake" in message_of(lambda: digest("mistake\n", "1.0"))
+    assert digest(EDITED, "1.0") == plain
+    other = EDITED.replace("class A", "class Other")
+    assert "has no attribute 'A'" in message_of(lambda: digest(other, "1.0"))
+
+
 # --- mistakes and ends
 
 
 @pytest.mark.parametrize(
     "call, said",
     [
+        (lambda: fedlora_mpi.run([1]), "config = [1]: must be a YAML file, the name of a config"),
+        (lambda: fedlora_mpi.run(None), "config = None: must be a YAML file"),
+        (lambda: fedlora_mpi.run({1: 2}), "config: the key 1 must be a text"),
+        (lambda: fedlora_mpi.run(TINY, ranks="3"), "ranks = '3': must be an integer of at least 1"),
         (lambda: fedlora_mpi.run(TINY, **{"train.lrr": 1}), "train.lrr = 1: train has no such"),
         (lambda: fedlora_mpi.run(TINY, rounds=object()), "rounds = <object"),
         (lambda: fedlora_mpi.run("nothing"), "nothing: cannot be read: No such file or directory;"),

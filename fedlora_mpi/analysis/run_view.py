@@ -88,7 +88,8 @@ class RunView:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files = RunFiles(path)
+        self._folder = path.absolute()  # the working folder may change
+        self._files = RunFiles(self._folder)
         # The check reads every byte of a checkpoint, so its result is kept for all clients.
         self._newest_checkpoint = lru_cache(1)(lambda committed: self._files.checkpoint())
         # one entry for each kind of clients
@@ -97,7 +98,7 @@ class RunView:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved config, with every key."""
+        """The resolved config. Some keys are there only if they differ from their defaults."""
         return self._files.config
 
     @property
@@ -244,7 +245,7 @@ class RunView:
                 head=block.head,
                 output=block.output,
             )
-        saved_config = self.path / f"network-{number}.json"
+        saved_config = self._folder / f"network-{number}.json"
         if saved_config.is_file():
             self._files.read_text(saved_config.name)  # raises if it is damaged
         options = (
@@ -289,7 +290,7 @@ class RunView:
         """
         from ..data.texts import Vocabulary
 
-        path = self.path / "vocabulary.json"
+        path = self._folder / "vocabulary.json"
         if not path.is_file():
             raise ValueError(
                 f"{self.path}: has no vocabulary.json, so its data are images or the run is "
@@ -300,7 +301,7 @@ class RunView:
     def _load_feed(self, round_: int) -> "Feed":
         from .client_data import load_feed
 
-        return load_feed(self.path, self._parsed_config, self.partition, round_)
+        return load_feed(self._folder, self._parsed_config, self.partition, round_)
 
     @cached_property
     def _parsed_config(self) -> "Config":

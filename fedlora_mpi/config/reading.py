@@ -118,7 +118,7 @@ def _fill_output(path: Path, config: Config, origin: Origin) -> Config:
     }
     placeholders = _PLACEHOLDER.findall(config.output)
     if not set(placeholders) <= set(names):
-        settings = _every_setting(config)
+        settings = dict(_flatten(_complete_tree(config)))
         del settings["output"]
         names = {key: safe_file_name(_plain_text(settings[key])) for key in settings} | names
     for placeholder in placeholders:
@@ -131,11 +131,22 @@ def _fill_output(path: Path, config: Config, origin: Origin) -> Config:
     return replace(config, output=_PLACEHOLDER.sub(lambda m: names[m[1]], config.output))
 
 
-def _every_setting(config: Config) -> dict[str, Any]:
-    """``flatten(config)``, with the keys that it leaves out where they have their defaults."""
+def _complete_tree(config: Config) -> dict[str, Any]:
+    """``resolved_dict(config)`` with the keys that it leaves out at their defaults."""
+    tree, model = resolved_dict(config), config.model
     names = (*OMIT_IF_DEFAULT, "privacy")
     omitted = blocks.to_plain({name: getattr(config, name) for name in names})
-    return dict(_flatten(omitted)) | flatten(config)
+    data, network_keys = blocks.to_plain(config.data), dict.fromkeys(_NETWORK_KEYS)
+    partition = {"partition": tree["data"]["partition"]}
+    omitted["data"] = data["source"] | {"tasks": data["tasks"]} | partition
+    if "mix" in tree["model"]:
+        networks = [{"name": n["name"]} | network_keys | n for n in tree["model"]["mix"]]
+        client_keys = {"clients": model.clients, "each": model.each}
+        omitted["model"] = {"mix": networks, **blocks.to_plain(client_keys), "loss": model.loss}
+    else:
+        name = {"name": tree["model"]["name"]}
+        omitted["model"] = name | network_keys | tree["model"] | {"loss": model.loss}
+    return {key: (tree | omitted)[key] for key in blocks.config_fields(Config)}
 
 
 def _plain_text(value: Any) -> str:
@@ -170,7 +181,7 @@ def _merge(
 
 
 def annotated_yaml(path: str | Path, overrides: Sequence[str] = (), explain: bool = False) -> str:
-    """``resolved_yaml`` of ``read(path, overrides)`` with the origin of each key as a comment:
+    """Every key of ``read(path, overrides)`` as YAML with the origin as a comment:
     ``default``, ``FILE:LINE`` or ``command line``. Raises ConfigError.
 
     explain: whether comments above the settings of the method say what they mean.
@@ -182,9 +193,10 @@ def annotated_yaml(path: str | Path, overrides: Sequence[str] = (), explain: boo
         file: _key_lines(_read_text(Path(file))) for file in set(sources.values()) - {COMMAND_LINE}
     }
     config = _fill_output(path, config, origin)
-    text = resolved_yaml(config)
+    tree = _complete_tree(config)
+    text = _to_yaml(tree)
     key_of_line = {line: key for key, line in _key_lines(text).items()}
-    settings, annotated = flatten(config), []
+    settings, annotated = dict(_flatten(tree)), []
     method = method_settings(type(config.algorithm)) if explain else []
     explained = {f"algorithm.{setting.name}": setting for setting in method if setting.meaning}
     for number, line in enumerate(text.splitlines(), 1):
@@ -247,7 +259,10 @@ def from_recorded(mapping: Mapping[str, Any], source: str) -> Config:
 
 
 def resolved_dict(config: Config) -> dict[str, Any]:
-    """Every key as JSON-able data, in the order of the dataclass; ``from_dict`` reads it back."""
+    """The keys as JSON-able data, in the order of the dataclass; ``from_dict`` reads it back.
+
+    Some keys are left out where they have their defaults; ``_complete_tree`` has all.
+    """
     tree = blocks.to_plain({name: getattr(config, name) for name in blocks.config_fields(Config)})
     partition = config.data.partition
     tree["data"] = blocks.to_plain(config.data.source) | {
@@ -303,9 +318,11 @@ def _network_tree(network: Network) -> dict[str, Any]:
 
 def resolved_yaml(config: Config) -> str:
     """``resolved_dict`` as YAML; ``read`` returns an equal Config from it."""
-    return yaml.dump(
-        resolved_dict(config), Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True
-    )
+    return _to_yaml(resolved_dict(config))
+
+
+def _to_yaml(tree: Mapping[str, Any]) -> str:
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
 
 
 def checksummed_yaml(config: Config) -> str:
@@ -508,6 +525,10 @@ def parse_tree(config: str | Path | Mapping[str, Any]) -> str | dict[str, Any]:
     """
     if isinstance(config, Mapping):
         return _plain(config, "config")
+    if not isinstance(config, str | os.PathLike):
+        raise ConfigError(
+            f"config = {config!r}: must be a YAML file, the name of a config, YAML text or a dict"
+        )
     text = os.fspath(config)
     return _check_keys(_parse_yaml(text, "config"), "config") if "\n" in text else text
 
@@ -531,6 +552,9 @@ def override_text(key: str, value: Any) -> str:
 def _plain(value: Any, key: str) -> Any:
     """``value`` as YAML reads it: tuples are lists, paths texts. Raises ConfigError."""
     if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):
+                raise ConfigError(f"{key}: the key {name!r} must be a text")
         return {name: _plain(item, f"{key}.{name}") for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, key) for item in value]

@@ -18,8 +18,10 @@ from typing import NamedTuple
 from torch import nn
 
 from .. import config as configs
+from ..algorithm import misspelt_hooks
+from ..algorithms import algorithm_names, find_algorithm
 from ..config import Config
-from ..config.blocks import prefix_errors
+from ..config.blocks import prefix_errors, suggest
 from ..core.escapes import escape_line
 from ..engine.method_guard import describe_failure
 from ..engine.rehearsal import find_objection
@@ -107,7 +109,7 @@ def check_method(
     with TemporaryDirectory(prefix="fedlora-mpi-check-") as scratch:
         subject = _Subject(name, Path(scratch), overrides)
         (subject.folder / "check.yaml").write_text(_EXPERIMENT)
-        report("class", *_outcome(_check_class, subject, _CLASS_TEXT))
+        report("class", *_class_outcome(subject))
         for check, (run, text) in _CHECKS.items():
             failed = {c for c, (level, _) in results.items() if level == "mistake"}
             if "class" in failed or (check in _RUN_CHECKS and failed - {"stack"}):
@@ -132,7 +134,18 @@ def _outcome(run: Callable[[_Subject], None], subject: _Subject, text: str) -> t
     return "ok", text
 
 
+def _class_outcome(subject: _Subject) -> tuple[str, str]:
+    """(level, text) of the check of the class; the level is "hint" if hooks may be misspelt."""
+    level, text = _outcome(_check_class, subject, _CLASS_TEXT)
+    doubts = misspelt_hooks(find_algorithm(subject.name)) if level == "ok" else []
+    return ("hint", f"{subject.name}: {' '.join(doubts)}") if doubts else (level, text)
+
+
 def _check_class(subject: _Subject) -> None:
+    name = subject.name
+    if ":" not in name and (name.endswith(".py") or not suggest(name, algorithm_names())):
+        module = name.removesuffix(".py").replace("/", ".")
+        raise ValueError(f"{name}: must be MODULE:CLASS, such as {module}:Mine")
     subject.read_config()
 
 

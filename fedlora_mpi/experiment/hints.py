@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 
 from .. import config as configs
-from ..algorithm import Algorithm, LocalTraining, phases_of
+from ..algorithm import Algorithm, LocalTraining, misspelt_hooks, phases_of
 from ..components.lowrank import join_first, skipped_weights
 from ..models.network import Model
 from ..mpi.launch import find_mpirun
@@ -85,11 +85,12 @@ def training_hints(assembly: Assembly) -> list[str]:
 
 
 def method_doubts(method: Algorithm, model: Model, train: LocalTraining) -> list[str]:
-    """A line for each warning of the method's ``check``."""
+    """A line for each warning of the method's ``check``, and for each hook that is misspelt."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         method.check(model, train)
-    return [f"{configs.algorithm_name(method)}: {warning.message}" for warning in caught]
+    lines = [*misspelt_hooks(type(method)), *(str(warning.message) for warning in caught)]
+    return [f"{configs.algorithm_name(method)}: {line}" for line in lines]
 
 
 def untrained_parts(

@@ -118,6 +118,10 @@ def _start_new_run(
             return False
         if overwrite:
             replacing.check_replaceable(folder)
+        elif not folder.is_dir():
+            raise ValueError(
+                f"{source}: output = {folder}: is no folder; choose another with output=..."
+            )
         elif not replacing.has_no_round(folder):
             raise ValueError(
                 f"{source}: output = {folder}: the folder exists; continue it with 'fedlora-mpi "

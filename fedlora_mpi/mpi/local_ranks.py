@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from numbers import Integral
 
 from .launch import launch_command
 
@@ -30,8 +31,8 @@ def check_ranks(ranks: int, launched_ranks: int | None) -> None:
 
     launched_ranks: how many ranks a launcher has started already; None: there is none.
     """
-    if ranks < 1:
-        raise ValueError(f"--ranks = {ranks}: must be an integer of at least 1")
+    if not isinstance(ranks, Integral) or ranks < 1:
+        raise ValueError(f"--ranks = {ranks!r}: must be an integer of at least 1")
     if launched_ranks is not None and ranks != launched_ranks:
         raise ValueError(
             f"--ranks = {ranks}: a launcher has started {launched_ranks} already; leave out "
