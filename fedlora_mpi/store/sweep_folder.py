@@ -9,6 +9,7 @@ from . import nolinks
 from .files import StoreError, check_format, open_for_reading, write_atomic
 
 SWEEP_FILE = "sweep.json"
+STUDY_FILE = "study.log"  # of a search
 FORMAT_VERSION = 1
 
 
@@ -74,3 +75,17 @@ def expand_sweeps(paths: Sequence[Path]) -> list[Path]:
             raise StoreError(f"{path}: none of its {len(described)} runs has begun")
         runs += begun
     return runs
+
+
+def wanted_runs(paths: Sequence[Path]) -> dict[Path, list[Path]]:
+    """Return {folder of a sweep: the run folders that are to be done} of those paths that are one.
+
+    A search wants none: it gives up runs before their last round. Raises StoreError.
+    """
+    return {
+        path: []
+        if (path / STUDY_FILE).is_file()
+        else [path / name for name in read_description(path)["runs"]]
+        for path in paths
+        if is_sweep(path)
+    }
