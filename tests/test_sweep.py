@@ -66,13 +66,15 @@ def test_an_interval_is_of_integers_where_both_ends_are():
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("range(1,1)", "gives 0 values"),
+        ("range(1,1)", "has no value: it ends before 1, its stop, itself"),
         ("range(0,1,0)", "must be range(stop) or range(start,stop,step)"),
         ("range(x)", "must be range(stop)"),
         ("range(0,1e9)", "gives 1000000000 values"),
         ("range(1,2,3,4)", "takes start, stop, step"),
         ("a,,b", "value 2 is empty"),
         ("a,b,a", "a is there twice"),
+        ("0.1,0.10", "0.1 and 0.10 are the same value"),
+        ("choice(1,2,1.0)", "1 and 1.0 are the same value"),
         ("a,choice(b,c)", "must stand alone"),
         ("interval(1)", "must be a number"),
         ("interval(2,1)", "a below b"),
@@ -87,8 +89,21 @@ def test_a_wrong_axis_is_one_line(text, reason):
     assert reason in str(refused.value)
 
 
-def test_the_later_of_two_overrides_counts_and_output_is_no_axis():
-    plain, axes = split_overrides(["seed=1,2", "output=a,b", "train.lr=1", "seed=3", "rounds=1,2"])
+@pytest.mark.parametrize("text", ["1,true", "'1',1", "[1,2],[1,3]", "null,''"])
+def test_values_that_only_look_alike_are_two(text):
+    assert len(parse_axis("k", text).values) == 2
+
+
+@pytest.mark.parametrize("one, two", [("0.1,0.2", "0.3"), ("0.3", "0.1,0.2"), ("1,2", "3,4")])
+def test_a_key_with_several_values_is_there_once(one, two):
+    with pytest.raises(ConfigError) as refused:
+        split_overrides([f"train.lr={one}", "seed=1,2", f"train.lr={two}"])
+    reason = f"train.lr is there twice, as {one} and {two}; give all its values once"
+    assert str(refused.value) == f"command line: {reason}"
+
+
+def test_the_later_of_two_single_values_counts_and_output_is_no_axis():
+    plain, axes = split_overrides(["seed=1", "output=a,b", "train.lr=1", "seed=3", "rounds=1,2"])
     assert plain == ["output=a,b", "train.lr=1", "seed=3"]
     assert axes == [Axis("rounds", ("1", "2"))]
 
@@ -164,7 +179,11 @@ def test_every_wrong_combination_is_told_before_any_run_starts(call, tmp_path):
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        (["seed=1"], "a sweep needs a key with several values, such as train.lr=0.01,0.1"),
+        (["seed=1"], "several values, such as train.lr=0.01,0.1; seed=1 has none"),
+        (["seed=1", "train.lr="], "command line: train.lr=: has no value"),
+        (["seed=1..3"], "command line: seed=1..3: is one text; write seed='range(1,4)'"),
+        (["seed=[1,2]"], "command line: seed=[1,2]: is one value, a list; write seed=1,2"),
+        (["train.lr=choice(0.1,0.2"], "train.lr=choice(0.1,0.2: its parenthesis is not closed"),
         (["train.lr=interval(0,1)"], "train.lr: interval is for a search; add --sampler"),
         (["seed=range(200)", "rounds=range(1,101)"], "20000 runs; a sweep has at most 10000"),
         (["seed=1,2", "--jobs", "0"], "--jobs = 0: must be an integer of at least 1"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.runs import Runs
-from ..config.blocks import ConfigError
+from ..config import COMMAND_LINE, ConfigError
 from ..core.escapes import escape_line
 from ..experiment.loop import STOPPED_EXIT
 from ..experiment.processes import plan_slots
@@ -16,7 +16,7 @@ from ..experiment.slurm import submit_array
 from ..store.lock import hold_lock
 from ..store.sweep_folder import expand_sweeps
 from . import grid
-from .axes import Axis, Interval, split_overrides
+from .axes import Axis, Interval, single_value_hint, split_overrides
 from .carry_out import GO_ON, Grid, Source, carry_out, first_state
 from .grid import Job, WrongJobs
 from .search import Search, SearchSettings, corner_values, split_space
@@ -191,8 +191,12 @@ def _split_request(request: Request) -> tuple[list[str], list[Axis | Interval]]:
     """Return the overrides with one value, and the axes. Raises ConfigError without any axis."""
     plain, axes = split_overrides(request.overrides)
     if not axes:
+        hints = [f"{text}: {hint}" for text in plain if (hint := single_value_hint(text))]
         raise ConfigError(
-            f"{request.config}: a sweep needs a key with several values, such as train.lr=0.01,0.1"
+            f"{COMMAND_LINE}: {hints[0]}"
+            if hints
+            else f"{request.config}: a sweep needs a key with several values, such as "
+            f"train.lr=0.01,0.1; {', '.join(plain) or 'the command line'} has none"
         )
     return plain, axes
 
