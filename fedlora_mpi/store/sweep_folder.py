@@ -18,6 +18,15 @@ def is_sweep(folder: Path) -> bool:
     return (folder / SWEEP_FILE).is_file()
 
 
+def refuse_sweep(folder: Path) -> None:
+    """Raise StoreError if ``folder`` is that of a sweep, where a run folder is needed."""
+    if is_sweep(folder):
+        raise StoreError(
+            f"{folder}: is the folder of a sweep, not of a run; give one of the run folders in it, "
+            "see all of them by report, or go on with the same sweep command"
+        )
+
+
 def add_runs(folder: Path, config: str, runs: Mapping[str, Mapping[str, str]]) -> None:
     """Write a sweep's description; runs that an earlier call has added stay.
 

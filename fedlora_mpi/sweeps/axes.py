@@ -44,8 +44,8 @@ class Interval(NamedTuple):
 def split_overrides(texts: Sequence[str]) -> tuple[list[str], list[Axis | Interval]]:
     """Return the overrides that have one value, and the axes, of ``key=value`` texts.
 
-    ``output`` is no axis. Of two texts with the same key and one value each, the later counts. Raises
-    ConfigError, also for a key that is there twice and has several values.
+    ``output`` is no axis. Of two texts with the same key and one value each, the later counts.
+    Raises ConfigError, also for a key that is there twice and has several values.
     """
     plain: dict[str, str] = {}
     axes: dict[str, Axis | Interval] = {}
@@ -175,7 +175,7 @@ def _range_values(items: Sequence[str], place: str) -> list[str]:
     except (ArithmeticError, ValueError):
         raise ConfigError(f"{place}: must be range(stop) or range(start,stop,step)") from None
     if count <= 0:
-        raise ConfigError(f"{place}: has no value: it ends before {stop}, its stop, itself")
+        raise ConfigError(f"{place}: gives no value: the numbers end before stop = {stop}")
     if count > _MAX_VALUES:
         raise ConfigError(f"{place}: gives {count} values; must be at most {_MAX_VALUES}")
     values = [start + at * step for at in range(count)]
