@@ -182,9 +182,9 @@ def missing_runs_lines(
 
     wanted_of_sweep: {folder of a sweep: its run folders}. runs: those that have begun.
     """
-    done = {run.path for run in runs if run.rounds_done >= run.config["rounds"]}
+    done = {run.path.resolve() for run in runs if run.rounds_done >= run.config["rounds"]}
     for folder, paths in wanted_of_sweep.items():
-        missing = [path.name for path in paths if path not in done]
+        missing = [str(path.relative_to(folder)) for path in paths if path.resolve() not in done]
         if missing:
             names = "; ".join(missing[:_SHOWN_MISSING])
             others = len(missing) - _SHOWN_MISSING
