@@ -7,7 +7,7 @@ from folders import read_groups, table_rows, write_run
 from fedlora_mpi import open_runs
 from fedlora_mpi.analysis import paired
 from fedlora_mpi.analysis.page import tables
-from fedlora_mpi.store.sweep_folder import add_runs
+from fedlora_mpi.store.sweep_folder import STUDY_FILE, add_runs
 
 
 def groups_of(tmp_path, accuracies, **settings):
@@ -21,14 +21,47 @@ def groups_of(tmp_path, accuracies, **settings):
     ).groups
 
 
-def test_a_constant_lead_is_a_winner_and_its_interval_is_the_lead(tmp_path):
-    better, worse = ({seed: [a, a + 0.1, a + 0.3] for seed in (1, 2)} for a in (0.5, 0.25))
+def test_a_lead_of_every_client_and_seed_is_a_winner(tmp_path):
+    worse = {seed: [0.25, 0.35, 0.55] for seed in (1, 2)}
+    better = {1: [0.5, 0.7, 0.8], 2: [0.45, 0.6, 0.85]}
     (found,) = paired.compare_leaders(groups_of(tmp_path, {0.1: worse, 0.2: better}))
     assert found.leader.settings["train.lr"] == 0.2
-    assert (found.seeds, found.clients) == (2, 3)
+    assert (found.seeds, found.clients, found.pairs) == (2, 3, 6)
+    assert 0.2 < found.interval[0] < found.difference < found.interval[1] < 0.35
+    (line,) = paired.winner_lines([found])
+    assert line == f"winner: {found.leader.label}; every interval excludes zero"
+
+
+def test_a_constant_lead_has_an_interval_without_width_and_is_no_winner(tmp_path):
+    better, worse = ({seed: [a, a + 0.1, a + 0.3] for seed in (1, 2)} for a in (0.5, 0.25))
+    (found,) = paired.compare_leaders(groups_of(tmp_path, {0.1: worse, 0.2: better}))
     assert (found.difference, *found.interval) == pytest.approx((0.25, 0.25, 0.25))
     (line,) = paired.winner_lines([found])
-    assert line.startswith("winner: ") and "0.2" in line
+    assert line.startswith("no winner: ")
+    assert line.endswith("(all differences are equal, so the interval has no width)")
+
+
+def test_fewer_than_six_pairs_are_no_winner(tmp_path):
+    better, worse = {1: [0.9, 0.8, 0.7]}, {1: [0.1, 0.2, 0.3]}
+    (found,) = paired.compare_leaders(groups_of(tmp_path, {0.1: worse, 0.2: better}))
+    assert found.interval[0] > 0
+    (line,) = paired.winner_lines([found])
+    assert "no winner" in line and "(only 3 pairs of seed and client; at least 6 are" in line
+
+
+def test_a_winner_by_one_seed_says_nothing_about_other_seeds(tmp_path):
+    groups = groups_of(tmp_path, {0.1: {1: [0.1, 0.2, 0.3]}, 0.2: {1: [0.9, 0.8, 0.7]}})
+    found = paired.Comparison(*groups, 1, 9, 0.5, (0.4, 0.6), 0.01, 9)
+    (line,) = paired.winner_lines([found])
+    assert line.startswith("winner: ")
+    assert line.endswith("; with one seed this says nothing about other seeds")
+
+
+def test_a_leader_with_more_seeds_than_a_rival_is_told(tmp_path):
+    better = {seed: [0.9, 0.8, 0.7] for seed in (1, 2, 3)}
+    groups = groups_of(tmp_path, {0.1: {1: [0.1, 0.2, 0.3]}, 0.2: better})
+    (line,) = paired.winner_lines(paired.compare_leaders(groups))
+    assert line.endswith(f"; {groups[0].label} has 1 of its 3 seeds")
 
 
 def test_a_lead_that_only_some_clients_have_is_no_winner(tmp_path):
@@ -42,7 +75,7 @@ def test_a_lead_that_only_some_clients_have_is_no_winner(tmp_path):
 def test_runs_of_other_seeds_or_splits_are_no_pairs(tmp_path):
     a, b = {1: [0.9, 0.8, 0.7]}, {2: [0.1, 0.2, 0.3]}
     (found,) = paired.compare_leaders(groups_of(tmp_path, {0.1: a, 0.2: b}))
-    assert (found.seeds, found.clients) == (0, 0) and not found.is_won
+    assert (found.seeds, found.clients) == (0, 0)
     assert [*paired.winner_lines([found])][0].endswith("(no pair of runs)")
 
 
@@ -102,10 +135,19 @@ def sweep(tmp_path):
 
 def test_the_folder_of_a_sweep_stands_for_its_runs(sweep, call):
     code, out, _ = call("report", sweep)
-    assert code == 0 and f"{sweep}/lr=0.1\n" in out and "winner: " in out
+    assert code == 0 and f"{sweep}/lr=0.1\n" in out
+    assert f"{sweep}: 2 of 3 runs done; missing: lr=0.3\n" in out
+    assert "no winner: FedAvg, lr 0.2 is highest so far, but runs are missing" in out
     assert [*open_runs(sweep)] == [f"{sweep}/lr=0.1", f"{sweep}/lr=0.2"]
     assert [*open_runs(f"{sweep.parent}/**")] == [*open_runs([sweep])]
     assert "winner" not in call("report", sweep / "lr=0.1", sweep / "lr=0.2")[1]
+
+
+def test_a_run_that_has_stopped_before_its_last_round_is_missing(sweep, call):
+    write_run(sweep / "lr=0.3", [0.1, 0.2, 0.3], lr=0.3, rounds=5, extra_column="accuracy_worst")
+    assert "2 of 3 runs done; missing: lr=0.3\n" in call("report", sweep)[1]
+    (sweep / STUDY_FILE).touch()  # a search gives up runs
+    assert "missing" not in call("report", sweep)[1]
 
 
 def test_a_sweep_without_a_run_is_refused(tmp_path, call):
@@ -114,7 +156,8 @@ def test_a_sweep_without_a_run_is_refused(tmp_path, call):
     assert code == 2 and "s: none of its 1 runs has begun" in err
 
 
-def test_the_page_of_a_sweep_names_its_winner(sweep, call):
+def test_the_page_of_a_sweep_names_missing_runs_and_no_winner(sweep, call):
     assert call("report", sweep, "-o", "page")[0] == 0
-    assert "Winner: " in (sweep.parent / "page/report.html").read_text()
+    page = (sweep.parent / "page/report.html").read_text()
+    assert "2 of 3 runs done; missing: lr=0.3." in page and "No winner: " in page
     assert (sweep.parent / "page/tables/paired.csv").is_file()

@@ -16,10 +16,10 @@ import fedlora_mpi
 from fedlora_mpi.config import ConfigError
 from fedlora_mpi.experiment.processes import plan_slots
 from fedlora_mpi.store.lock import hold_lock
-from fedlora_mpi.store.sweep_folder import read_description
+from fedlora_mpi.store.sweep_folder import add_runs, read_description
 from fedlora_mpi.sweeps import grid
 from fedlora_mpi.sweeps.axes import Axis, Interval, parse_axis, split_items, split_overrides
-from fedlora_mpi.sweeps.carry_out import end_state
+from fedlora_mpi.sweeps.carry_out import Grid, end_state
 from fedlora_mpi.sweeps.sweep import SweepError
 from fedlora_mpi.sweeps.view import LiveView, View
 
@@ -66,13 +66,15 @@ def test_an_interval_is_of_integers_where_both_ends_are():
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("range(1,1)", "gives 0 values"),
+        ("range(1,1)", "gives no value: the numbers end before stop = 1"),
         ("range(0,1,0)", "must be range(stop) or range(start,stop,step)"),
         ("range(x)", "must be range(stop)"),
         ("range(0,1e9)", "gives 1000000000 values"),
         ("range(1,2,3,4)", "takes start, stop, step"),
         ("a,,b", "value 2 is empty"),
         ("a,b,a", "a is there twice"),
+        ("0.1,0.10", "0.1 and 0.10 are the same value"),
+        ("choice(1,2,1.0)", "1 and 1.0 are the same value"),
         ("a,choice(b,c)", "must stand alone"),
         ("interval(1)", "must be a number"),
         ("interval(2,1)", "a below b"),
@@ -87,8 +89,21 @@ def test_a_wrong_axis_is_one_line(text, reason):
     assert reason in str(refused.value)
 
 
-def test_the_later_of_two_overrides_counts_and_output_is_no_axis():
-    plain, axes = split_overrides(["seed=1,2", "output=a,b", "train.lr=1", "seed=3", "rounds=1,2"])
+@pytest.mark.parametrize("text", ["1,true", "'1',1", "[1,2],[1,3]", "null,''"])
+def test_values_that_only_look_alike_are_two(text):
+    assert len(parse_axis("k", text).values) == 2
+
+
+@pytest.mark.parametrize("one, two", [("0.1,0.2", "0.3"), ("0.3", "0.1,0.2"), ("1,2", "3,4")])
+def test_a_key_with_several_values_is_there_once(one, two):
+    with pytest.raises(ConfigError) as refused:
+        split_overrides([f"train.lr={one}", "seed=1,2", f"train.lr={two}"])
+    reason = f"train.lr is there twice, as {one} and {two}; give all its values once"
+    assert str(refused.value) == f"command line: {reason}"
+
+
+def test_the_later_of_two_single_values_counts_and_output_is_no_axis():
+    plain, axes = split_overrides(["seed=1", "output=a,b", "train.lr=1", "seed=3", "rounds=1,2"])
     assert plain == ["output=a,b", "train.lr=1", "seed=3"]
     assert axes == [Axis("rounds", ("1", "2"))]
 
@@ -164,7 +179,11 @@ def test_every_wrong_combination_is_told_before_any_run_starts(call, tmp_path):
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        (["seed=1"], "a sweep needs a key with several values, such as train.lr=0.01,0.1"),
+        (["seed=1"], "several values, such as train.lr=0.01,0.1; seed=1 has none"),
+        (["seed=1", "train.lr="], "command line: train.lr=: has no value"),
+        (["seed=1..3"], "command line: seed=1..3: is one text; write seed='range(1,4)'"),
+        (["seed=[1,2]"], "command line: seed=[1,2]: is one value, a list; write seed=1,2"),
+        (["train.lr=choice(0.1,0.2"], "train.lr=choice(0.1,0.2: its parenthesis is not closed"),
         (["train.lr=interval(0,1)"], "train.lr: interval is for a search; add --sampler"),
         (["seed=range(200)", "rounds=range(1,101)"], "20000 runs; a sweep has at most 10000"),
         (["seed=1,2", "--jobs", "0"], "--jobs = 0: must be an integer of at least 1"),
@@ -229,6 +248,53 @@ def test_the_function_returns_the_runs_and_raises_for_one_that_fails(in_process)
         fedlora_mpi.sweep(TINY, "algorithm.lora_epochs=9,1", "rounds=1", "output=t")
     with pytest.raises(ValueError, match="needs a key with several values"):
         fedlora_mpi.sweep(TINY, "rounds=1")
+
+
+@pytest.mark.parametrize("config", [{"rounds": 1}, "rounds: 1\nseed: 1\n"])
+def test_the_function_takes_a_file_alone(config):
+    with pytest.raises(ValueError, match=r"^config: a sweep needs the name of a YAML file, which"):
+        fedlora_mpi.sweep(config, "seed=1,2")
+
+
+def test_the_function_takes_settings_as_texts_alone():
+    with pytest.raises(ValueError, match=r"^train: sweep has no such argument; give settings as"):
+        fedlora_mpi.sweep(TINY, train={"lr": [0.1, 0.2]})
+
+
+@pytest.mark.parametrize("output", ["a", "a/b", "a/{seed}"])
+def test_a_sweep_in_a_run_folder_is_refused(call, tmp_path, output):
+    write_run(tmp_path / "a", [0.5, 0.5, 0.5])
+    code, out, err = call("sweep", TINY, "seed=1,2", f"output={output}", "--print-jobs")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert f"output = {output}: a is a run folder; choose a folder outside of it" in err
+
+
+def test_jobs_are_printed_only_where_the_sweep_could_run(call, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/sweep.json").write_text("{}")
+    code, out, err = call("sweep", TINY, "seed=1,2", "output=s", "--print-jobs")
+    assert (code, out) == (2, "") and "s/sweep.json: is no description of a sweep" in err
+
+
+@pytest.mark.parametrize("command", [("watch", "--once"), ("status",), ("resume",)])
+def test_a_command_for_one_run_says_that_a_folder_is_a_sweep(call, tmp_path, command):
+    add_runs(tmp_path / "s", "x.yaml", {"seed=1": {"seed": "1"}})
+    code, out, err = call(command[0], "s", *command[1:])
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "s: is the folder of a sweep, not of a run; give one of the run folders in it" in err
+
+
+def test_fewer_rounds_than_done_are_a_hint_and_a_stop_after_the_last_round_is_none(
+    call, in_process
+):
+    ask = ("sweep", TINY, "seed=choice(1)", "output=s")
+    call(*ask, "rounds=2")
+    code, out, err = call(*ask, "rounds=1")
+    assert (code, out) == (0, "s: 1 done\n")
+    assert "hint: rounds = 1: s/seed=1 has 2 rounds; it stays as it is\n" in err
+    (two,), (three,) = (jobs_of(*ask[2:], f"rounds={rounds}") for rounds in (2, 3))
+    assert [Grid([]).end(two, code) for code in (75, -10, 1)] == ["done", "done", "failed"]
+    assert Grid([]).end(three, 75) == "stopped"
 
 
 def test_a_description_that_leads_out_of_its_folder_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Compare settings on the same seeds and clients: mean difference, bootstrap interval, Wilcoxon."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,10 @@ import numpy as np
 from .groups import Group, RunLog
 
 _LEVEL = 0.95  # of the interval
+_NO_WIDTH = 1e-6  # of an interval; the log has accuracies as float32
+_MIN_PAIRS = 6  # with fewer, the Wilcoxon p is above 0.05 even if all signs are equal
 _RESAMPLES, _MAX_DRAWS = 4000, 8_000_000  # fewer resamples of very many clients
+_SHOWN_MISSING = 10  # runs of a sweep that are not done
 _HEADER = ("setting", "against", "difference", "95 % interval", "Wilcoxon p", "seeds", "clients")
 
 
@@ -17,7 +21,8 @@ class Comparison(NamedTuple):
 
     seeds, clients: how many pairs there are; 0 if the two share no seed, split and round.
     difference: mean over clients and seeds. interval: of this mean, by the bootstrap. p: of the
-    Wilcoxon signed-rank test over the clients; NaN without scipy.
+    Wilcoxon signed-rank test over the clients; NaN without scipy. pairs: the number of differences,
+    one for each seed and client.
     """
 
     leader: Group
@@ -27,11 +32,21 @@ class Comparison(NamedTuple):
     difference: float = np.nan
     interval: tuple[float, float] = (np.nan, np.nan)
     p: float = np.nan
+    pairs: int = 0
 
     @property
-    def is_won(self) -> bool:
-        """Whether the interval excludes zero, so that the leader is better."""
-        return self.interval[0] > 0
+    def doubt(self) -> str:
+        """Why the leader is not known to be better; "" if the interval shows that it is."""
+        low, high = self.interval
+        if not self.seeds:
+            return "no pair of runs"
+        if not low > 0:
+            return "the interval includes zero"
+        if self.pairs < _MIN_PAIRS:
+            return f"only {self.pairs} pairs of seed and client; at least {_MIN_PAIRS} are needed"
+        if high - low < _NO_WIDTH:
+            return "all differences are equal, so the interval has no width"
+        return ""
 
 
 def compare_leaders(groups: Sequence[Group]) -> list[Comparison]:
@@ -73,6 +88,7 @@ def compare(leader: Group, rival: Group) -> Comparison:
         float(np.mean([row.mean() for row in rows])),
         bootstrap_interval(rows, has_one_split),
         wilcoxon_p(by_client),
+        sum(map(len, rows)),
     )
 
 
@@ -125,22 +141,57 @@ def wilcoxon_p(differences: np.ndarray) -> float:
     return float(wilcoxon(differences).pvalue)
 
 
-def winner_lines(comparisons: Sequence[Comparison]) -> Iterator[str]:
-    """Yield a line for each task: its winner, or why there is none."""
+def winner_lines(
+    comparisons: Sequence[Comparison], runs_are_missing: bool = False
+) -> Iterator[str]:
+    """Yield a line for each task: its winner, or why there is none.
+
+    runs_are_missing: no winner is named.
+    """
     for leader in dict.fromkeys(comparison.leader for comparison in comparisons):
         own = [comparison for comparison in comparisons if comparison.leader is leader]
         task_note = f" ({leader.task})" if leader.task else ""
-        open_ = [comparison for comparison in own if not comparison.is_won]
-        if not open_:
-            yield f"winner{task_note}: {leader.label}; every interval excludes zero"
-            continue
-        rival = open_[0]
-        others = f" and {len(open_) - 1} more" if len(open_) > 1 else ""
-        reason = "the interval includes zero" if rival.seeds else "no pair of runs"
-        yield (
-            f"no winner{task_note}: {leader.label} is highest, but not told apart from "
-            f"{rival.rival.label}{others} ({reason})"
-        )
+        doubtful = [comparison for comparison in own if comparison.doubt]
+        if runs_are_missing:
+            line = f"no winner{task_note}: {leader.label} is highest so far, but runs are missing"
+        elif doubtful:
+            rival = doubtful[0]
+            others = f" and {len(doubtful) - 1} more" if len(doubtful) > 1 else ""
+            line = (
+                f"no winner{task_note}: {leader.label} is highest, but not told apart from "
+                f"{rival.rival.label}{others} ({rival.doubt})"
+            )
+        else:
+            line = f"winner{task_note}: {leader.label}; every interval excludes zero"
+            if any(comparison.seeds == 1 for comparison in own):
+                line += "; with one seed this says nothing about other seeds"
+        yield "; ".join([line, *_seed_notes(own)])
+
+
+def _seed_notes(comparisons: Sequence[Comparison]) -> Iterator[str]:
+    """Yield a note for each rival that lacks seeds of the leader."""
+    for comparison in comparisons:
+        if len(comparison.rival.runs) < (wanted := len(comparison.leader.runs)):
+            yield f"{comparison.rival.label} has {comparison.seeds} of its {wanted} seeds"
+
+
+def missing_runs_lines(
+    wanted_of_sweep: Mapping[Path, Sequence[Path]], runs: Sequence[RunLog]
+) -> Iterator[str]:
+    """Yield a line for each sweep with runs that are not done.
+
+    wanted_of_sweep: {folder of a sweep: its run folders}. runs: those that have begun.
+    """
+    done = {run.path.resolve() for run in runs if run.rounds_done >= run.config["rounds"]}
+    for folder, paths in wanted_of_sweep.items():
+        missing = [str(path.relative_to(folder)) for path in paths if path.resolve() not in done]
+        if missing:
+            names = "; ".join(missing[:_SHOWN_MISSING])
+            others = len(missing) - _SHOWN_MISSING
+            yield (
+                f"{folder}: {len(paths) - len(missing)} of {len(paths)} runs done; missing: {names}"
+                + (f" and {others} more" if others > 0 else "")
+            )
 
 
 def comparison_rows(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """Format the results of runs as a text table."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import reduce
@@ -15,7 +15,7 @@ from ..core.escapes import escape_line
 from ..core.units import format_bytes
 from ..store.reader import RunFiles
 from .groups import RunLog, group_runs, run_labels
-from .paired import compare_leaders, comparison_rows, winner_lines
+from .paired import compare_leaders, comparison_rows, missing_runs_lines, winner_lines
 from .scores import score_names
 
 _HEADER = (
@@ -61,17 +61,21 @@ def table(runs: Sequence[Path]) -> str:
     return "\n".join([align_columns(rows, left=(0, len(rows[0]) - 1)), *hints])
 
 
-def comparison_text(runs: Sequence[Path]) -> str:
+def comparison_text(runs: Sequence[Path], wanted_of_sweep: Mapping[Path, Sequence[Path]]) -> str:
     """Return the comparison of the best setting with every other one, and who wins, in lines.
 
-    "" if there is nothing to compare.
+    wanted_of_sweep: {folder of a sweep: its run folders}; a line names those that are not done.
+    "" if there is nothing to say.
     """
-    comparisons = compare_leaders(group_runs([RunLog.read(path) for path in runs]).groups)
+    logs = [RunLog.read(path) for path in runs]
+    missing = [escape_line(line) for line in missing_runs_lines(wanted_of_sweep, logs)]
+    comparisons = compare_leaders(group_runs(logs).groups)
     if not comparisons:
-        return ""
+        return "\n".join(missing)
     title = "\nfinal accuracy in points, paired by seed and client:"
     rows = align_columns(comparison_rows(comparisons), left=(0, 1))
-    return "\n".join([title, rows, *map(escape_line, winner_lines(comparisons))])
+    winners = map(escape_line, winner_lines(comparisons, bool(missing)))
+    return "\n".join([title, rows, *missing, *winners])
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:

@@ -8,6 +8,7 @@ from ..core.paths import expand_home
 from ..experiment.output import adopt_recorded_engine
 from ..store import checkpoint
 from ..store.files import StoreError
+from ..store.sweep_folder import refuse_sweep
 
 
 def run_progress(target: Path, overrides: Sequence[str]) -> tuple[Path, int, int]:
@@ -18,6 +19,7 @@ def run_progress(target: Path, overrides: Sequence[str]) -> tuple[Path, int, int
     ``target`` is neither, or if the run in the config's folder has other settings than the config.
     """
     if target.is_dir():
+        refuse_sweep(target)
         return (
             target,
             _checkpoint_round(target),

@@ -28,18 +28,20 @@ def execute(args: argparse.Namespace, comm: "Comm") -> int:
 
 
 def _report_text(args: argparse.Namespace) -> str:
-    from ..store.sweep_folder import expand_sweeps, is_sweep
+    from ..store.sweep_folder import expand_sweeps, wanted_runs
 
     paths = expand_sweeps(args.runs)
-    compares = any(map(is_sweep, args.runs))
+    wanted_of_sweep = wanted_runs(args.runs)
     if args.output:
         from ..analysis.page.write import write_report
         from ..core.escapes import escape_line
 
-        return escape_line(write_report(paths, args.output, compares))
+        return escape_line(write_report(paths, args.output, wanted_of_sweep))
     from ..analysis.report import comparison_text, table
 
-    return f"{table(paths)}\n{comparison_text(paths)}".rstrip() if compares else table(paths)
+    if not wanted_of_sweep:
+        return table(paths)
+    return f"{table(paths)}\n{comparison_text(paths, wanted_of_sweep)}".rstrip()
 
 
 HELP = (

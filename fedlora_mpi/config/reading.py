@@ -598,13 +598,13 @@ def _parse_overrides(texts: Sequence[str]) -> list[dict]:
             raise ConfigError(
                 f"{COMMAND_LINE}: {text}: must be key=value, for instance train.lr=0.1"
             )
-        pairs.append((key, _parse_override(key, value, f"{COMMAND_LINE}: {text}")))
+        pairs.append((key, parse_override(key, value, f"{COMMAND_LINE}: {text}")))
     selectors = [f"{block}.{n}" for block, choice in CHOICES.items() for n in choice.selectors]
     pairs.sort(key=lambda pair: (pair[0].count("."), pair[0] not in selectors))
     return [_nest_keys(key.split("."), value) for key, value in pairs]
 
 
-def _parse_override(key: str, text: str, source: str) -> Any:
+def parse_override(key: str, text: str, source: str) -> Any:
     """The value of an override: a path is taken literally unless it is quoted; the rest is YAML.
 
     Raises ConfigError if YAML would drop a comment.

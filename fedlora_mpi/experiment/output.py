@@ -27,6 +27,7 @@ from ..store.log import Log, pack_ragged, read_inventory
 from ..store.run_folder import check_run_folder
 from ..store.sight import create_probe, wait_for_file
 from ..store.snapshot import Checkpoint
+from ..store.sweep_folder import refuse_sweep
 from .agreement import describe_ranks
 from .assembly import Assembly
 from .fingerprint import (
@@ -47,6 +48,7 @@ _FORMER_LEAF = re.compile(r"shared \.(svd\.(round|numbers)$|turn\.round$|last\.|
 def recorded_config(folder: Path, overrides: Sequence[str]) -> Config:
     """Return the config of a run folder. Raises ValueError if ``folder`` is none."""
     if not (folder / "config.yaml").is_file():
+        refuse_sweep(folder)
         raise ValueError(
             f"{folder}: not a run folder, it has no config.yaml; give the output of a run"
         )

@@ -14,6 +14,7 @@ from . import checkpoint, hdf5, schema, seal, snapshot
 from .files import FormatError, StoreError, open_for_reading, text_checksum
 from .log import GROUPS
 from .snapshot import Checkpoint
+from .sweep_folder import refuse_sweep
 
 T = TypeVar("T")
 _MAX_TEXT_BYTES = 1 << 28  # of a text file, for example a vocabulary
@@ -33,6 +34,7 @@ class RunFiles:
     def __init__(self, path: Path):
         self.path = Path(path)
         if not (self.path / "log.h5").is_file():
+            refuse_sweep(self.path)
             raise StoreError(
                 f"{path}: not a run folder, it has no log.h5; give the `output` of a run"
             )

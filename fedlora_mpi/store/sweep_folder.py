@@ -9,12 +9,22 @@ from . import nolinks
 from .files import StoreError, check_format, open_for_reading, write_atomic
 
 SWEEP_FILE = "sweep.json"
+STUDY_FILE = "study.log"  # of a search
 FORMAT_VERSION = 1
 
 
 def is_sweep(folder: Path) -> bool:
     """Return whether ``folder`` is that of a sweep."""
     return (folder / SWEEP_FILE).is_file()
+
+
+def refuse_sweep(folder: Path) -> None:
+    """Raise StoreError if ``folder`` is that of a sweep, where a run folder is needed."""
+    if is_sweep(folder):
+        raise StoreError(
+            f"{folder}: is the folder of a sweep, not of a run; give one of the run folders in it, "
+            "see all of them by report, or go on with the same sweep command"
+        )
 
 
 def add_runs(folder: Path, config: str, runs: Mapping[str, Mapping[str, str]]) -> None:
@@ -74,3 +84,17 @@ def expand_sweeps(paths: Sequence[Path]) -> list[Path]:
             raise StoreError(f"{path}: none of its {len(described)} runs has begun")
         runs += begun
     return runs
+
+
+def wanted_runs(paths: Sequence[Path]) -> dict[Path, list[Path]]:
+    """Return {folder of a sweep: the run folders that are to be done} of those paths that are one.
+
+    A search wants none: it gives up runs before their last round. Raises StoreError.
+    """
+    return {
+        path: []
+        if (path / STUDY_FILE).is_file()
+        else [path / name for name in read_description(path)["runs"]]
+        for path in paths
+        if is_sweep(path)
+    }

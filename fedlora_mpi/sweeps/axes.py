@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
-from ..config import COMMAND_LINE
+from ..config import COMMAND_LINE, parse_override
 from ..config.blocks import ConfigError
 
 _FUNCTION = re.compile(r"\s*(choice|range|interval|tag)\((.*)\)\s*", re.DOTALL)
+_DOTTED_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
 _MAX_VALUES = 10_000  # of a range
 
@@ -43,15 +44,22 @@ class Interval(NamedTuple):
 def split_overrides(texts: Sequence[str]) -> tuple[list[str], list[Axis | Interval]]:
     """Return the overrides that have one value, and the axes, of ``key=value`` texts.
 
-    ``output`` is no axis. Of two texts with the same key the later counts. Raises ConfigError.
+    ``output`` is no axis. Of two texts with the same key and one value each, the later counts.
+    Raises ConfigError, also for a key that is there twice and has several values.
     """
     plain: dict[str, str] = {}
     axes: dict[str, Axis | Interval] = {}
+    earlier: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        plain.pop(key, None)
-        axes.pop(key, None)
         axis = parse_axis(key, value) if equals and key != "output" else None
+        if key in earlier and (axis or key in axes):
+            raise ConfigError(
+                f"{COMMAND_LINE}: {key} is there twice, as {earlier[key]} and {value}; "
+                "give all its values once"
+            )
+        earlier[key] = value
+        plain.pop(key, None)
         if axis is None:
             plain[key] = text
         else:
@@ -111,11 +119,29 @@ def split_items(text: str) -> list[str]:
     return [*items, text[start:].strip()]
 
 
+def single_value_hint(text: str) -> str:
+    """Return why an override may have one value by mistake, and the way out; "" if it may not."""
+    key, equals, value = text.partition("=")
+    value = value.strip()
+    if not equals or key == "output":
+        return ""
+    if not value:
+        return "has no value"
+    if (match := _DOTTED_RANGE.fullmatch(value)) and int(match[1]) <= int(match[2]):
+        return f"is one text; write {key}='range({match[1]},{int(match[2]) + 1})'"
+    if value[0] == "[" and value[-1] == "]":
+        return f"is one value, a list; write {key}={value[1:-1].strip()}"
+    if "," in value and _begins_function(value.partition("(")[0]) and value[-1] != ")":
+        return "its parenthesis is not closed; add )"
+    return ""
+
+
 def _begins_function(text: str) -> bool:
     return text.strip() in ("choice", "range", "interval", "tag")
 
 
 def _axis_of(key: str, items: Sequence[str], place: str) -> Axis:
+    earlier: dict[str, str] = {}  # by the value that the config reads
     for at, item in enumerate(items):
         if not item:
             raise ConfigError(f"{place}: value {at + 1} is empty; '' is an empty text")
@@ -123,7 +149,19 @@ def _axis_of(key: str, items: Sequence[str], place: str) -> Axis:
             raise ConfigError(f"{place}: {item} is there twice")
         if _FUNCTION.fullmatch(item):
             raise ConfigError(f"{place}: {item} must stand alone")
+        if (same := earlier.setdefault(_read_value(key, item), item)) != item:
+            raise ConfigError(f"{place}: {same} and {item} are the same value")
     return Axis(key, tuple(items))
+
+
+def _read_value(key: str, text: str) -> str:
+    """Return what the config reads from ``text``, so that equal values are equal texts."""
+    try:
+        value = parse_override(key, text, COMMAND_LINE)
+    except ConfigError:  # told with its run
+        return text
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return repr(float(value) if is_number else value)
 
 
 def _range_values(items: Sequence[str], place: str) -> list[str]:
@@ -136,9 +174,10 @@ def _range_values(items: Sequence[str], place: str) -> list[str]:
         count = math.ceil((stop - start) / step)
     except (ArithmeticError, ValueError):
         raise ConfigError(f"{place}: must be range(stop) or range(start,stop,step)") from None
-    if not 0 < count <= _MAX_VALUES:
-        reason = f"gives {max(0, count)} values, stop is none of them; must be 1 to {_MAX_VALUES}"
-        raise ConfigError(f"{place}: {reason}")
+    if count <= 0:
+        raise ConfigError(f"{place}: gives no value: the numbers end before stop = {stop}")
+    if count > _MAX_VALUES:
+        raise ConfigError(f"{place}: gives {count} values; must be at most {_MAX_VALUES}")
     values = [start + at * step for at in range(count)]
     has_fractions = any("." in text or "e" in text.lower() for text in given.values())
     return [repr(float(value)) if has_fractions else str(value) for value in values]

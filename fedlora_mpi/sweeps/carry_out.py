@@ -44,8 +44,9 @@ class Grid:
         return self._waiting.popleft() if self._waiting else None
 
     def end(self, job: Job, code: int) -> str:
-        """Return the state of a run by its exit code."""
-        return end_state(code)
+        """Return the state of a run by its exit code; a stop after its last round is none."""
+        state = end_state(code)
+        return "done" if state == "stopped" and job.has_all_rounds() else state
 
     def jobs_to_stop(self, running: Iterable[Job]) -> Sequence[Job]:
         """Return none: every run of a grid is trained to its end."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .. import config as configs
 from ..analysis.groups import short_key
 from ..analysis.status import run_progress
-from ..config import Config
+from ..config import Config, ConfigError
 from ..core.escapes import safe_file_name
 from ..core.paths import expand_home
 from ..experiment.processes import Task
@@ -31,7 +31,7 @@ class Job:
 
     values: {key: value} of what varies, as texts of overrides. overrides: all that the run is
     started with. is_done, is_elsewhere: whether all its rounds are done, or another process trains
-    it, when the sweep began.
+    it, when the sweep began; rounds_done: how many were done then.
     """
 
     values: Mapping[str, str]
@@ -40,6 +40,7 @@ class Job:
     config: Config
     is_done: bool
     is_elsewhere: bool
+    rounds_done: int
 
     @property
     def name(self) -> str:
@@ -50,6 +51,12 @@ class Job:
     def folder(self) -> Path:
         """The run folder."""
         return expand_home(self.config.output)
+
+    def has_all_rounds(self) -> bool:
+        """Return whether the run folder has a checkpoint of the last round now."""
+        if not (self.folder / "config.yaml").is_file():
+            return False
+        return run_progress(self.folder, ())[1] >= self.config.rounds
 
     @property
     def log(self) -> Path:
@@ -97,18 +104,24 @@ def sweep_place(config_file: str, overrides: Sequence[str]) -> Place:
     """Return where the runs of a sweep lie. overrides: those that all runs have.
 
     ``output=FOLDER`` is the sweep's folder. Of an ``output`` with placeholders it is the part
-    before them. Without ``output`` it is CONFIG-sweep beside where a single run would lie.
+    before them. Without ``output`` it is CONFIG-sweep beside where a single run would lie. Raises
+    ConfigError if it is a run folder or in one.
     """
     pattern = configs.output_pattern(config_file, overrides)
     is_given = any(text.startswith("output=") for text in overrides)
     parts = expand_home(pattern).parts
     fixed = Path(*itertools.takewhile(lambda part: not configs.has_placeholder(part), parts[:-1]))
     if is_given and configs.has_placeholder(pattern):
-        return Place(fixed, names_runs=True)
-    return Place(
-        expand_home(pattern) if is_given else fixed / f"{Path(config_file).stem}-sweep",
-        names_runs=False,
-    )
+        place = Place(fixed, names_runs=True)
+    else:
+        folder = expand_home(pattern) if is_given else fixed / f"{Path(config_file).stem}-sweep"
+        place = Place(folder, names_runs=False)
+    for folder in (place.folder, *place.folder.parents):
+        if (folder / "log.h5").is_file():
+            raise ConfigError(
+                f"output = {pattern}: {folder} is a run folder; choose a folder outside of it"
+            )
+    return place
 
 
 def combinations(axes: Sequence[Axis]) -> Iterator[dict[str, str]]:
@@ -164,7 +177,9 @@ def make_job(
     elif os.path.lexists(folder):
         raise ValueError(f"output = {folder}: is no run folder; choose another output")
     is_done = rounds_done >= config.rounds
-    return Job(values, config_file, overrides, config, is_done, is_elsewhere and not is_done)
+    return Job(
+        values, config_file, overrides, config, is_done, is_elsewhere and not is_done, rounds_done
+    )
 
 
 def _fill_values(text: str, values: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from ..analysis.groups import SEED_KEYS
 from ..store.files import StoreError
 from ..store.reader import RunFiles
+from ..store.sweep_folder import STUDY_FILE
 from . import grid
 from .axes import Axis, Interval
 from .carry_out import end_state
@@ -25,7 +26,6 @@ from .grid import Job
 if TYPE_CHECKING:
     import optuna
 
-STUDY_FILE = "study.log"
 SAMPLERS, PRUNERS, DIRECTIONS = ("tpe", "random"), ("median", "none"), ("maximize", "minimize")
 _LOWER_IS_BETTER = ("loss", "seconds", "bytes", "flops", "drift", "epsilon", "skipped", "nan_")
 _READ_SECONDS = 1.0  # from one look into the log of a run to the next

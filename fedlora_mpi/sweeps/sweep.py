@@ -3,20 +3,20 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..analysis.runs import Runs
-from ..config.blocks import ConfigError
+from ..config import COMMAND_LINE, ConfigError
 from ..core.escapes import escape_line
 from ..experiment.loop import STOPPED_EXIT
 from ..experiment.processes import plan_slots
 from ..experiment.slurm import submit_array
 from ..store.lock import hold_lock
-from ..store.sweep_folder import expand_sweeps
+from ..store.sweep_folder import expand_sweeps, is_sweep, read_description
 from . import grid
-from .axes import Axis, Interval, split_overrides
+from .axes import Axis, Interval, single_value_hint, split_overrides
 from .carry_out import GO_ON, Grid, Source, carry_out, first_state
 from .grid import Job, WrongJobs
 from .search import Search, SearchSettings, corner_values, split_space
@@ -70,7 +70,8 @@ def sweep(
     """Train the runs of a sweep that are not done, and return all its runs.
 
     axes: as on the command line, for instance ``"train.lr=0.01,0.1", "seed=range(1,4)"``, with
-    other overrides among them. jobs: runs at a time; ranks: MPI processes of a run; search:
+    other overrides among them. config: a YAML file, no dict and no text, for each run is a process
+    that reads it. jobs: runs at a time; ranks: MPI processes of a run; search:
     ``sampler``, ``trials``, ``metric``, ``direction`` and ``pruner``. Raises ValueError for a
     mistake, with a line for each wrong combination, before any run starts; raises SweepError if a
     run fails or is stopped.
@@ -80,6 +81,18 @@ def sweep(
     >>> sorted(runs.settings["algorithm"])
     ['fedavg', 'local']
     """
+    if not isinstance(config, str | Path) or "\n" in str(config):
+        raise ValueError(
+            "config: a sweep needs the name of a YAML file, which each of its runs reads; write "
+            "the dict or the text into a file"
+        )
+    options = [option.name for option in fields(SearchSettings)]
+    for name in search:
+        if name not in options:
+            raise ValueError(
+                f"{name}: sweep has no such argument; give settings as texts, such as "
+                f'"train.lr=0.01,0.1"; the arguments of a search are {", ".join(options)}'
+            )
     request = Request(str(config), axes, jobs, ranks, search=search)
     if search:
         code, lines, folder = run_search(request)
@@ -126,6 +139,8 @@ def plan_grid(request: Request) -> tuple[Path, list[Job]]:
         raise ConfigError(f"{request.config}: {number} runs; a sweep has at most {_MAX_RUNS}")
     all_values = list(grid.combinations(values_axes))
     place = grid.sweep_place(request.config, plain)
+    if is_sweep(place.folder):
+        read_description(place.folder)
     return place.folder, grid.make_jobs(request.config, plain, all_values, place)
 
 
@@ -152,6 +167,13 @@ def queue_grid(request: Request, folder: Path, jobs: Sequence[Job]) -> str:
 def run_grid(request: Request, folder: Path, jobs: Sequence[Job]) -> tuple[int, list[str]]:
     """Carry out the runs that are not done. Return the exit code and what went wrong, in lines."""
     grid.describe(folder, request.config, jobs)
+    if longer := [job for job in jobs if job.rounds_done > job.config.rounds]:
+        hint = (
+            f"hint: rounds = {longer[0].config.rounds}: {longer[0].folder} has "
+            f"{longer[0].rounds_done} rounds; it stays as it is"
+        )
+        others = f", as {len(longer) - 1} more" if len(longer) > 1 else ""
+        print(escape_line(f"{hint}{others}"), file=sys.stderr, flush=True)
     states = {job.name: first_state(job) for job in jobs}
     view = make_view(str(folder), states, lambda: len(jobs))
     lines = _carry_out(request, folder, Grid(jobs), view, jobs)
@@ -191,8 +213,12 @@ def _split_request(request: Request) -> tuple[list[str], list[Axis | Interval]]:
     """Return the overrides with one value, and the axes. Raises ConfigError without any axis."""
     plain, axes = split_overrides(request.overrides)
     if not axes:
+        hints = [f"{text}: {hint}" for text in plain if (hint := single_value_hint(text))]
         raise ConfigError(
-            f"{request.config}: a sweep needs a key with several values, such as train.lr=0.01,0.1"
+            f"{COMMAND_LINE}: {hints[0]}"
+            if hints
+            else f"{request.config}: a sweep needs a key with several values, such as "
+            f"train.lr=0.01,0.1; {', '.join(plain) or 'the command line'} has none"
         )
     return plain, axes
 

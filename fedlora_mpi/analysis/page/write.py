@@ -6,7 +6,7 @@ Figures are PNG and PDF files; tables are CSV, Markdown and LaTeX files.
 import os
 import re
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from ..groups import (
     format_setting,
     group_runs,
 )
-from ..paired import compare_leaders, winner_lines
+from ..paired import compare_leaders, missing_runs_lines, winner_lines
 from ..runs import clients_table, rounds_table
 from . import clients, curves, personal, ranks, sweeps, tables
 from .crowd import assign_looks
@@ -48,10 +48,15 @@ class PageContent(NamedTuple):
     notes: list[str]
 
 
-def write_report(paths: Sequence[Path], folder: Path, compares: bool = False) -> str:
+def write_report(
+    paths: Sequence[Path],
+    folder: Path,
+    wanted_of_sweep: Mapping[Path, Sequence[Path]] | None = None,
+) -> str:
     """Write the report of these runs into ``folder``.
 
-    compares: whether it has the paired comparison of their settings, as that of a sweep.
+    wanted_of_sweep: {folder of a sweep: its run folders}. The report of a sweep has the paired
+    comparison of the settings, and names the runs that are not done.
     The folder must be new, empty or hold an earlier report. Returns a line about what was written.
     Raises ValueError for a path that is no run, a run without rounds, a folder with other files, or
     if matplotlib or pandas is missing.
@@ -60,7 +65,7 @@ def write_report(paths: Sequence[Path], folder: Path, compares: bool = False) ->
     with plot_style():
         # the pattern runs/* may also match the report's folder
         logs = read_logs([path for path in paths if path.resolve() != folder.resolve()])
-        content = collect_content(logs, compares)
+        content = collect_content(logs, wanted_of_sweep)
         files: dict[str, bytes] = {}
         svg_of: dict[str, bytes] = {}
         for figure, rendered in zip(content.figures, render_files(content.figures), strict=True):
@@ -95,7 +100,9 @@ def read_logs(paths: Sequence[Path]) -> list[RunLog]:
     return logs
 
 
-def collect_content(logs: Sequence[RunLog], compares: bool = False) -> PageContent:
+def collect_content(
+    logs: Sequence[RunLog], wanted_of_sweep: Mapping[Path, Sequence[Path]] | None = None
+) -> PageContent:
     """Return the tables and figures for which the runs have data."""
     run_groups = group_runs(logs)
     groups = run_groups.groups
@@ -120,7 +127,8 @@ def collect_content(logs: Sequence[RunLog], compares: bool = False) -> PageConte
         *low_rank_figures.figures,
         *clients.partition_figures(groups),
     ]
-    comparisons = compare_leaders(groups) if compares else []
+    comparisons = compare_leaders(groups) if wanted_of_sweep else []
+    missing = list(missing_runs_lines(wanted_of_sweep or {}, logs))
     candidates = [
         tables.accuracy_table(groups),
         tables.settings_table(run_groups),
@@ -132,7 +140,11 @@ def collect_content(logs: Sequence[RunLog], compares: bool = False) -> PageConte
         tables.run_table(groups),
     ]
     notes = [
-        *(f"{line[0].upper()}{line[1:]}." for line in winner_lines(comparisons)),
+        *(f"{line}." for line in missing),
+        *(
+            f"{line[0].upper()}{line[1:]}."
+            for line in winner_lines(comparisons, runs_are_missing=bool(missing))
+        ),
         *_caution_notes(run_groups),
     ]
     if low_rank_figures.left_out:
