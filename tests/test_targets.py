@@ -8,7 +8,7 @@ import torch
 from runs import TINY, build_tiny, run_rounds, snapshots_equal, tiny_config
 from sklearn.metrics import roc_auc_score
 
-from fedlora_mpi import algorithms
+from fedlora_mpi import algorithms, open_run
 from fedlora_mpi import config as configs
 from fedlora_mpi.algorithm import Algorithm
 from fedlora_mpi.core.batch import Batch, cross_entropy
@@ -288,3 +288,16 @@ def test_clients_without_a_metric_are_named_once(call):
     code, _, err = call("run", TINY, "rounds=2", split, "participation=1", "evaluate.metrics=[auc]")
     assert code == 0
     assert err.count("evaluate.metrics = auc: has no value for client 0, 1, 2 (") == 1
+
+
+@pytest.mark.parametrize("data", [NUMBERS, LABELS])
+def test_a_clients_model_with_several_outputs_scores_as_the_log_says(data, call):
+    assert call("run", TINY, *data, "algorithm=fedper", "output=run")[0] == 0
+    run = open_run("run")
+    x, y = run.client(2).test_data()
+    with torch.no_grad():
+        outputs = run.client(2).model(x)
+    assert outputs.shape == y.shape == (7, 3)
+    loss = find_loss(run.config["model"]["loss"]).each(outputs, y).mean()
+    assert float(loss) == pytest.approx(run.array("clients/loss")[-1, 2], rel=1e-4)
+    assert call("export", "run", "--client", "2", "--to", "m.pt")[0] == 0
