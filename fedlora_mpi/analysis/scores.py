@@ -1,7 +1,18 @@
-"""Which columns of a log, beside the accuracy, say how good the models of a run are."""
+"""Which columns of a log say how good the models of a run are, and which way is better."""
 
 from collections.abc import Mapping
 from typing import Any
+
+_HIGHER_IS_BETTER = ("accuracy", "top1", "top5", "macro_f1", "auc")
+_LOWER_IS_BETTER = ("loss", "mse", "mae", "seconds", "bytes", "flops")
+_LOWER_IS_BETTER += ("drift", "epsilon", "skipped", "nan_")
+
+
+def better_direction(name: str) -> str:
+    """``maximize`` or ``minimize``, if the name of a column tells which is better; else ""."""
+    if name.startswith(_HIGHER_IS_BETTER):
+        return "maximize"
+    return "minimize" if any(word in name for word in _LOWER_IS_BETTER) else ""
 
 
 def score_names(config: Mapping[str, Any], columns: Mapping[str, Any]) -> list[str]:
