@@ -1,6 +1,7 @@
 """Targets that are no classes, the loss that a config names, and further metrics."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -301,3 +302,20 @@ def test_a_clients_model_with_several_outputs_scores_as_the_log_says(data, call)
     loss = find_loss(run.config["model"]["loss"]).each(outputs, y).mean()
     assert float(loss) == pytest.approx(run.array("clients/loss")[-1, 2], rel=1e-4)
     assert call("export", "run", "--client", "2", "--to", "m.pt")[0] == 0
+
+
+def test_a_sweep_without_accuracy_is_reported_by_its_scores(call, in_process):
+    ask = (*NUMBERS, "rounds=1", "evaluate.metrics=[mae]", "algorithm=fedavg,local", "output=s")
+    assert call("sweep", TINY, *ask, "--jobs", "1")[0] == 0
+    code, out, _ = call("report", "s")
+    assert code == 0 and out.endswith(
+        "\n\nno paired comparison: the targets are no classes, so there is no accuracy; compare "
+        "loss, mae (lower is better)\n"
+    )
+    assert call("report", "s", "-o", "page")[0] == 0
+    page = Path("page/report.html").read_text(encoding="utf-8")
+    assert "No round was evaluated yet" not in page and "There is no accuracy, because" in page
+    header, row, _ = Path("page/tables/accuracy.csv").read_text(encoding="utf-8").splitlines()
+    assert header == "run,seeds,rounds,loss_mean,loss_std,mae_mean,mae_std"
+    loss = open_run("s/algorithm=fedavg").array("loss")[-1]
+    assert float(row.split(",")[3]) == pytest.approx(loss)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .groups import Group, RunLog
+from .scores import describe_directions
 
 _LEVEL = 0.95  # of the interval
 _RESAMPLES, _MAX_DRAWS = 4000, 8_000_000  # fewer resamples of very many clients
@@ -123,6 +124,18 @@ def wilcoxon_p(differences: np.ndarray) -> float:
     except ImportError:
         return np.nan
     return float(wilcoxon(differences).pvalue)
+
+
+def missing_accuracy_line(groups: Sequence[Group]) -> str:
+    """Say that several settings have scores but no accuracy to compare; "" if that is not so."""
+    runs = [run for group in groups for run in group.runs]
+    names = list(dict.fromkeys(name for run in runs for name in run.scores))
+    if len(groups) < 2 or not names or any(len(run.evaluated_rows) for run in runs):
+        return ""
+    return (
+        "no paired comparison: the targets are no classes, so there is no accuracy; compare "
+        f"{describe_directions(names)}"
+    )
 
 
 def winner_lines(comparisons: Sequence[Comparison]) -> Iterator[str]:

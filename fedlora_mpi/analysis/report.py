@@ -15,8 +15,8 @@ from ..core.escapes import escape_line
 from ..core.units import format_bytes
 from ..store.reader import RunFiles
 from .groups import RunLog, group_runs, run_labels
-from .paired import compare_leaders, comparison_rows, winner_lines
-from .scores import score_names
+from .paired import compare_leaders, comparison_rows, missing_accuracy_line, winner_lines
+from .scores import final_scores
 
 _HEADER = (
     "method",
@@ -64,11 +64,12 @@ def table(runs: Sequence[Path]) -> str:
 def comparison_text(runs: Sequence[Path]) -> str:
     """Return the comparison of the best setting with every other one, and who wins, in lines.
 
-    "" if there is nothing to compare.
+    "" if there is nothing to compare; a line says so if there is no accuracy to compare.
     """
-    comparisons = compare_leaders(group_runs([RunLog.read(path) for path in runs]).groups)
+    groups = group_runs([RunLog.read(path) for path in runs]).groups
+    comparisons = compare_leaders(groups)
     if not comparisons:
-        return ""
+        return f"\n{line}" if (line := missing_accuracy_line(groups)) else ""
     title = "\nfinal accuracy in points, paired by seed and client:"
     rows = align_columns(comparison_rows(comparisons), left=(0, 1))
     return "\n".join([title, rows, *map(escape_line, winner_lines(comparisons))])
@@ -134,7 +135,7 @@ class _Result:
             best_round=best_round,
             hints=tuple(files.hints),
             numbers=numbers,
-            scores={name: _last_number(rounds[name]) for name in score_names(config, rounds)},
+            scores=final_scores(config, rounds),
         )
 
     def table_row(self) -> tuple[str, ...]:
@@ -157,12 +158,6 @@ class _Result:
             seconds,
             str(self.path),
         )
-
-
-def _last_number(column: np.ndarray) -> float:
-    """The last entry that is no NaN; NaN if there is none."""
-    known = column[~np.isnan(column)]
-    return float(known[-1]) if len(known) else np.nan
 
 
 def _with_scores(
