@@ -12,11 +12,13 @@ from sklearn.metrics import roc_auc_score
 from fedlora_mpi import algorithms, open_run
 from fedlora_mpi import config as configs
 from fedlora_mpi.algorithm import Algorithm
+from fedlora_mpi.analysis import partition_table
 from fedlora_mpi.core.batch import Batch, cross_entropy
 from fedlora_mpi.core.losses import LOSSES, find_loss
 from fedlora_mpi.data.own import OwnData
 from fedlora_mpi.data.own_checks import check
 from fedlora_mpi.engine.metrics import METRICS, compute_metrics
+from fedlora_mpi.experiment.parts import load_data, split_data
 from fedlora_mpi.mpi.ending import Refusal
 
 SPLIT = "data.partition={kind: iid, clients: 3, train: 9, test: 7}"
@@ -302,6 +304,19 @@ def test_a_clients_model_with_several_outputs_scores_as_the_log_says(data, call)
     loss = find_loss(run.config["model"]["loss"]).each(outputs, y).mean()
     assert float(loss) == pytest.approx(run.array("clients/loss")[-1, 2], rel=1e-4)
     assert call("export", "run", "--client", "2", "--to", "m.pt")[0] == 0
+
+
+def test_a_partition_of_numbers_names_no_classes(call):
+    code, out, _ = call("partition", TINY, *NUMBERS)
+    assert code == 0 and "class" not in out
+    assert out.splitlines()[1].split() == ["client", "train", "test"]
+    assert "3 clients, the targets are numbers: 27 training samples (9 per client), " in out
+
+
+def test_a_partition_tells_the_names_of_labels():
+    split = split_data(tiny_config(*LABELS), "x", load_data(tiny_config(*LABELS), "x"))
+    text = partition_table.table(split, ("warm", "wet", "dark"), "labels")
+    assert text.splitlines()[-1] == "labels: 0 warm, 1 wet, 2 dark"
 
 
 def test_a_sweep_without_accuracy_is_reported_by_its_scores(call, in_process):

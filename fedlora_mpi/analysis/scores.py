@@ -5,16 +5,16 @@ from typing import Any
 
 import numpy as np
 
-_HIGHER_IS_BETTER = ("accuracy", "top1", "top5", "macro_f1", "auc")
-_LOWER_IS_BETTER = ("loss", "mse", "mae", "seconds", "bytes", "flops")
-_LOWER_IS_BETTER += ("drift", "epsilon", "skipped", "nan_")
+# beginnings of names, and words in names
+_HIGHER = ("accuracy", "top1", "top5", "macro_f1", "auc")
+_LOWER = ("loss", "mse", "mae", "seconds", "bytes", "flops", "drift", "epsilon", "skipped", "nan_")
 
 
 def better_direction(name: str) -> str:
     """``maximize`` or ``minimize``, if the name of a column tells which is better; else ""."""
-    if name.startswith(_HIGHER_IS_BETTER):
+    if name.startswith(_HIGHER):
         return "maximize"
-    return "minimize" if any(word in name for word in _LOWER_IS_BETTER) else ""
+    return "minimize" if any(word in name for word in _LOWER) else ""
 
 
 def score_names(config: Mapping[str, Any], columns: Mapping[str, Any]) -> list[str]:
