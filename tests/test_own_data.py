@@ -499,3 +499,32 @@ def test_a_name_that_is_no_data_set_is_refused_with_the_nearest(tmp_path):
     path.write_text("data: {dataset: mnits, partition: iid}\nmodel: cnn\nalgorithm: fedavg\n")
     with pytest.raises(configs.ConfigError, match="table or <module>:<function>. Did you mean"):
         configs.read(path)
+
+
+@pytest.mark.parametrize(
+    "train, wanted, targets, y",
+    [
+        (["1", "1.5"], None, "numbers", [[1], [1.5]]),
+        (["1.0", "0.0"], None, "labels", [[1], [0]]),
+        (["1", "2"], None, "classes", [0, 1]),
+        (["1.5", "red"], None, "classes", [0, 1]),
+        (["1", "1.5"], "classes", "classes", [0, 1]),
+        (["1", "1.5"], "numbers", "numbers", [[1], [1.5]]),
+    ],
+)
+def test_floats_of_a_table_are_numbers_for_a_loss_that_takes_any(
+    tmp_path, train, wanted, targets, y
+):
+    for name in ("train.csv", "test.csv"):
+        rows = "".join(f"0,{label}\n" for label in train)
+        (tmp_path / name).write_text(f"a,label\n{rows}")
+    data = load(Source("table", root=str(tmp_path)), wanted)
+    assert data.targets == targets and data.train.y.tolist() == y
+
+
+def test_floats_of_a_parquet_file_are_numbers_too(tmp_path):
+    write_parquet(tmp_path / "train.parquet", a=[1.0, 2.0], kind=[1.0, 1.5], who=[0, 1])
+    write_parquet(tmp_path / "test.parquet", a=[1.0, 2.0], kind=[2.25, 3.0], who=[0, 1])
+    for wanted in (None, "numbers"):
+        data = load(Source("table", root=str(tmp_path), table=PARQUET), wanted)
+        assert data.targets == "numbers" and data.test.y.tolist() == [[2.25], [3]]

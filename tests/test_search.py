@@ -2,17 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 from folders import write_run
 from runs import TINY
 
+from fedlora_mpi import open_run
 from fedlora_mpi.sweeps import grid
 from fedlora_mpi.sweeps.axes import Axis, Interval
+from fedlora_mpi.sweeps.metric import COLUMNS, metric_direction
 from fedlora_mpi.sweeps.search import (
     Search,
     SearchSettings,
     corner_values,
-    metric_direction,
     split_space,
 )
 
@@ -57,10 +59,55 @@ def test_ends_and_choices_are_checked_one_axis_at_a_time():
 
 
 @pytest.mark.parametrize(
-    "metric, direction", [("accuracy_worst", "maximize"), ("train_loss", "minimize")]
+    "metric, direction",
+    [
+        ("accuracy_worst", "maximize"),
+        ("train_loss", "minimize"),
+        *((name, "maximize") for name in ("top1", "top5", "auc", "macro_f1")),
+        *((name, "minimize") for name in ("loss", "mse", "mae")),
+    ],
 )
 def test_the_direction_follows_from_the_metric(metric, direction):
     assert metric_direction(metric) == direction
+
+
+@pytest.mark.parametrize(
+    "overrides, reason",
+    [
+        (
+            ["model.loss=mse", "evaluate.metrics=[mse]"],
+            "--metric = accuracy: is NaN with model.loss = mse, which has no classes; choose "
+            "--metric loss or mse",
+        ),
+        (
+            ["--metric", "rmse", "--direction", "minimize"],
+            "--metric = rmse: the log will have no such column; there are train_loss, accuracy, ",
+        ),
+        (
+            ["--metric", "auc", "evaluate.metrics=[top1]"],
+            "--metric = auc: the log will have no such column; add it to evaluate.metrics: [top1, "
+            "auc]",
+        ),
+    ],
+)
+def test_a_metric_that_no_log_will_have_is_refused_before_a_run(call, tmp_path, overrides, reason):
+    search = ("train.lr=interval(0.01,0.1)", "--sampler", "tpe", "--trials", "2")
+    code, out, err = call("sweep", TINY, *search, *overrides)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and reason in err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_accuracy_that_is_nan_ends_the_search():
+    search = searching()
+    job = search.next_job()
+    write_run(job.folder, [np.nan] * 3, extra_column="loss")
+    with pytest.raises(ValueError, match="--metric = accuracy: is NaN in s/.*; choose --metric lo"):
+        search.end(job, 0)
+
+
+def test_the_columns_of_every_log_are_known(call):
+    assert call("run", TINY, "rounds=1", "output=run", "algorithm=fedavg")[0] == 0
+    assert {*open_run("run").rounds.columns} - {"round"} == {*COLUMNS}
 
 
 def test_drawn_values_lie_in_their_axes():

@@ -176,6 +176,13 @@ def test_every_wrong_combination_is_told_before_any_run_starts(call, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_method_that_needs_classes_is_refused_before_any_run(call, tmp_path):
+    code, out, err = call("sweep", TINY, "model.loss=mse", "algorithm=fedavg,fedproto")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and not [*tmp_path.iterdir()]
+    assert err.startswith("fedlora-mpi: algorithm=fedproto: ")
+    assert "algorithm.name = fedproto: needs a class of each sample, and model.loss = mse" in err
+
+
 @pytest.mark.parametrize(
     "arguments, reason",
     [

@@ -1,6 +1,7 @@
 """Targets that are no classes, the loss that a config names, and further metrics."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,14 +9,16 @@ import torch
 from runs import TINY, build_tiny, run_rounds, snapshots_equal, tiny_config
 from sklearn.metrics import roc_auc_score
 
-from fedlora_mpi import algorithms
+from fedlora_mpi import algorithms, open_run
 from fedlora_mpi import config as configs
 from fedlora_mpi.algorithm import Algorithm
+from fedlora_mpi.analysis import partition_table
 from fedlora_mpi.core.batch import Batch, cross_entropy
 from fedlora_mpi.core.losses import LOSSES, find_loss
 from fedlora_mpi.data.own import OwnData
 from fedlora_mpi.data.own_checks import check
 from fedlora_mpi.engine.metrics import METRICS, compute_metrics
+from fedlora_mpi.experiment.parts import load_data, split_data
 from fedlora_mpi.mpi.ending import Refusal
 
 SPLIT = "data.partition={kind: iid, clients: 3, train: 9, test: 7}"
@@ -288,3 +291,46 @@ def test_clients_without_a_metric_are_named_once(call):
     code, _, err = call("run", TINY, "rounds=2", split, "participation=1", "evaluate.metrics=[auc]")
     assert code == 0
     assert err.count("evaluate.metrics = auc: has no value for client 0, 1, 2 (") == 1
+
+
+@pytest.mark.parametrize("data", [NUMBERS, LABELS])
+def test_a_clients_model_with_several_outputs_scores_as_the_log_says(data, call):
+    assert call("run", TINY, *data, "algorithm=fedper", "output=run")[0] == 0
+    run = open_run("run")
+    x, y = run.client(2).test_data()
+    with torch.no_grad():
+        outputs = run.client(2).model(x)
+    assert outputs.shape == y.shape == (7, 3)
+    loss = find_loss(run.config["model"]["loss"]).each(outputs, y).mean()
+    assert float(loss) == pytest.approx(run.array("clients/loss")[-1, 2], rel=1e-4)
+    assert call("export", "run", "--client", "2", "--to", "m.pt")[0] == 0
+
+
+def test_a_partition_of_numbers_names_no_classes(call):
+    code, out, _ = call("partition", TINY, *NUMBERS)
+    assert code == 0 and "class" not in out
+    assert out.splitlines()[1].split() == ["client", "train", "test"]
+    assert "3 clients, the targets are numbers: 27 training samples (9 per client), " in out
+
+
+def test_a_partition_tells_the_names_of_labels():
+    split = split_data(tiny_config(*LABELS), "x", load_data(tiny_config(*LABELS), "x"))
+    text = partition_table.table(split, ("warm", "wet", "dark"), "labels")
+    assert text.splitlines()[-1] == "labels: 0 warm, 1 wet, 2 dark"
+
+
+def test_a_sweep_without_accuracy_is_reported_by_its_scores(call, in_process):
+    ask = (*NUMBERS, "rounds=1", "evaluate.metrics=[mae]", "algorithm=fedavg,local", "output=s")
+    assert call("sweep", TINY, *ask, "--jobs", "1")[0] == 0
+    code, out, _ = call("report", "s")
+    assert code == 0 and out.endswith(
+        "\n\nno paired comparison: the targets are no classes, so there is no accuracy; compare "
+        "loss, mae (lower is better)\n"
+    )
+    assert call("report", "s", "-o", "page")[0] == 0
+    page = Path("page/report.html").read_text(encoding="utf-8")
+    assert "No round was evaluated yet" not in page and "There is no accuracy, because" in page
+    header, row, _ = Path("page/tables/accuracy.csv").read_text(encoding="utf-8").splitlines()
+    assert header == "run,seeds,rounds,loss_mean,loss_std,mae_mean,mae_std"
+    loss = open_run("s/algorithm=fedavg").array("loss")[-1]
+    assert float(row.split(",")[3]) == pytest.approx(loss)

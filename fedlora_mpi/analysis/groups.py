@@ -13,6 +13,7 @@ import numpy as np
 from ..store.reader import RunFiles
 from .load import RankLoad, WorkerSeconds, measure_load
 from .method_names import paper_name
+from .scores import final_scores
 
 SEED_KEYS = ("seed", "data.partition.seed")
 # Beginnings of the dotted names of settings that change at most the last bits of a result.
@@ -127,6 +128,12 @@ class RunLog:
     def evaluated_rows(self) -> np.ndarray:
         """The rows of the rounds with evaluation."""
         return np.flatnonzero(~np.isnan(self.column("accuracy")))
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        """Scores beside the accuracy, in the last evaluated round; {} before it."""
+        finals = final_scores(self.config, self.rounds)
+        return {name: value for name, value in finals.items() if not np.isnan(value)}
 
     def column(self, name: str) -> np.ndarray:
         """Return the column ``name`` of the rounds, [T]; all NaN if the log does not have it."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .groups import Group, RunLog
+from .scores import describe_directions
 
 _LEVEL = 0.95  # of the interval
 _NO_WIDTH = 1e-6  # of an interval; the log has accuracies as float32
@@ -139,6 +140,18 @@ def wilcoxon_p(differences: np.ndarray) -> float:
     except ImportError:
         return np.nan
     return float(wilcoxon(differences).pvalue)
+
+
+def missing_accuracy_line(groups: Sequence[Group]) -> str:
+    """Say that several settings have scores but no accuracy to compare; "" if that is not so."""
+    runs = [run for group in groups for run in group.runs]
+    names = list(dict.fromkeys(name for run in runs for name in run.scores))
+    if len(groups) < 2 or not names or any(len(run.evaluated_rows) for run in runs):
+        return ""
+    return (
+        "no paired comparison: the targets are no classes, so there is no accuracy; compare "
+        f"{describe_directions(names)}"
+    )
 
 
 def winner_lines(

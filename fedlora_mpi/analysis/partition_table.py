@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.losses import Targets
 from ..data.partition import Split
 from ..store.files import replace_file
 from .report import align_columns
@@ -19,13 +20,14 @@ _CELL_INCHES = 0.22  # inches between clients and between classes, unless the pl
 _WIDTH_LIMITS, _HEIGHT_LIMITS = (4.0, 16.0), (3.0, 12.0)  # limits of the plot, inches
 
 
-def table(split: Split, names: Sequence[str] = ()) -> str:
+def table(split: Split, names: Sequence[str] = (), targets: Targets = "classes") -> str:
     """Return a table with one row per client, for the first 40 clients.
 
     A row has the client's training samples of each class, all its training samples, and its test
     samples. With more than 20 classes it has instead the number of classes that the client holds,
     its largest class, and the share of that class. Below the rows are a line about all clients and
-    a line with the first 20 ``names`` of the classes.
+    a line with the first 20 ``names`` of the classes, or of the values of other ``targets``. For
+    these a row has no classes.
     """
     clients, classes = split.train_counts.shape
     title, header = "training samples of each class", [str(label) for label in range(classes)]
@@ -36,15 +38,18 @@ def table(split: Split, names: Sequence[str] = ()) -> str:
             ["classes", "largest", "share"],
             _concentration_cells,
         )
+    if targets != "classes":
+        title, header, cells = "training and test samples", [], _no_cells
     rows = [("client", *header, "train", "test")]
     for client, counts in enumerate(split.train_counts[:_MAX_CLIENTS]):
         rows.append((str(client), *cells(counts), str(counts.sum()), str(len(split.test[client]))))
     omitted = [f"... and {clients - _MAX_CLIENTS} more clients"] if clients > _MAX_CLIENTS else []
     footer = [
-        _summary(split),
-        *([f"classes: {', '.join(_numbered_names(names))}"] if names else []),
+        _summary(split, targets),
+        *([f"{targets}: {', '.join(_numbered_names(names))}"] if names else []),
     ]
-    return "\n".join([f"{title}; samples in all", align_columns(rows), *omitted, *footer])
+    heading = f"{title}; samples in all" if header else title
+    return "\n".join([heading, align_columns(rows), *omitted, *footer])
 
 
 def save_figure(split: Split, path: Path, names: Sequence[str] = ()) -> None:
@@ -119,6 +124,11 @@ def _numbered_names(names: Sequence[str]) -> list[str]:
     return [*numbered, "..."] if len(names) > _MAX_CLASSES else numbered
 
 
+def _no_cells(counts: np.ndarray) -> tuple[str, ...]:
+    """Return the cells of one client if the targets are no classes."""
+    return ()
+
+
 def _class_cells(counts: np.ndarray) -> list[str]:
     """Return the cells of one client if there are few classes."""
     return [str(n) if n else "·" for n in counts]
@@ -132,7 +142,7 @@ def _concentration_cells(counts: np.ndarray) -> tuple[str, str, str]:
     return str(np.count_nonzero(counts)), str(counts.argmax()), f"{counts.max() / counts.sum():.0%}"
 
 
-def _summary(split: Split) -> str:
+def _summary(split: Split, targets: Targets) -> str:
     """Return a line about all clients."""
     clients, classes = split.train_counts.shape
 
@@ -146,6 +156,8 @@ def _summary(split: Split) -> str:
             ("test", [*map(len, split.test)]),
         )
     ]
+    if targets != "classes":
+        return f"{clients} clients, the targets are {targets}: {', '.join(sides)}"
     classes_held = np.count_nonzero(split.train_counts, axis=1)
     return (
         f"{clients} clients, {classes} classes: {', '.join(sides)}, {format_range(classes_held)} "

@@ -15,8 +15,14 @@ from ..core.escapes import escape_line
 from ..core.units import format_bytes
 from ..store.reader import RunFiles
 from .groups import RunLog, group_runs, run_labels
-from .paired import compare_leaders, comparison_rows, missing_runs_lines, winner_lines
-from .scores import score_names
+from .paired import (
+    compare_leaders,
+    comparison_rows,
+    missing_accuracy_line,
+    missing_runs_lines,
+    winner_lines,
+)
+from .scores import final_scores
 
 _HEADER = (
     "method",
@@ -65,13 +71,15 @@ def comparison_text(runs: Sequence[Path], wanted_of_sweep: Mapping[Path, Sequenc
     """Return the comparison of the best setting with every other one, and who wins, in lines.
 
     wanted_of_sweep: {folder of a sweep: its run folders}; a line names those that are not done.
-    "" if there is nothing to say.
+    "" if there is nothing to say; a line says so if there is no accuracy to compare.
     """
     logs = [RunLog.read(path) for path in runs]
     missing = [escape_line(line) for line in missing_runs_lines(wanted_of_sweep, logs)]
-    comparisons = compare_leaders(group_runs(logs).groups)
+    groups = group_runs(logs).groups
+    comparisons = compare_leaders(groups)
     if not comparisons:
-        return "\n".join(missing)
+        line = missing_accuracy_line(groups)
+        return "\n".join([*missing, *([f"\n{line}"] if line else [])])
     title = "\nfinal accuracy in points, paired by seed and client:"
     rows = align_columns(comparison_rows(comparisons), left=(0, 1))
     winners = map(escape_line, winner_lines(comparisons, bool(missing)))
@@ -138,7 +146,7 @@ class _Result:
             best_round=best_round,
             hints=tuple(files.hints),
             numbers=numbers,
-            scores={name: _last_number(rounds[name]) for name in score_names(config, rounds)},
+            scores=final_scores(config, rounds),
         )
 
     def table_row(self) -> tuple[str, ...]:
@@ -161,12 +169,6 @@ class _Result:
             seconds,
             str(self.path),
         )
-
-
-def _last_number(column: np.ndarray) -> float:
-    """The last entry that is no NaN; NaN if there is none."""
-    known = column[~np.isnan(column)]
-    return float(known[-1]) if len(known) else np.nan
 
 
 def _with_scores(

@@ -235,7 +235,8 @@ class RunView:
         stored, config = self._files.partition(), self._parsed_config
         shape = tuple(stored["input_shape"].tolist())
         text_inputs = [int(stored.get(name, [0])[0]) for name in ("input_tokens", "input_padding")]
-        inputs = (self.partition.train_counts.shape[1], shape, config.seed, *text_inputs)
+        outputs: Any = int(stored.get("outputs", self.partition.train_counts.shape[1:])[0])
+        inputs = (outputs, shape, config.seed, *text_inputs)
         if all(file.is_file() for origin in block.origins for file in origin.files):
             return build(
                 block.name,

@@ -50,7 +50,7 @@ def _show_partition(args: argparse.Namespace) -> None:
         return
     picture = args.picture or Path(f"partition-{Path(args.config).stem}.png")
     class_names = data.class_names if data.targets == "classes" else ()
-    print(escape_lines(table(split, class_names)))
+    print(escape_lines(table(split, data.class_names, data.targets)))
     save_figure(split, picture, class_names)
     print(f"\npicture: {escape_line(picture)}")
 

@@ -255,7 +255,7 @@ def _load_own(source: Source, wanted: Targets | None) -> Data:
     arrays = (
         own.call_function(source.dataset, source.root)
         if source.is_function
-        else _OWN_READERS[source.dataset](source)
+        else _OWN_READERS[source.dataset](source, wanted)
     )
     checked = check(arrays, source.place, wanted)
     transforms = source.augment if isinstance(source.augment, tuple) else ()
@@ -460,10 +460,12 @@ _TEXT_READERS: dict[str, Callable[[Source], RawData]] = {
     "ag_news": _ag_news,
     "csv": lambda source: read_csv(str(expand_home(source.root)), source.text),
 }
-_OWN_READERS: dict[str, Callable[[Source], own.OwnData]] = {
-    "npz": lambda source: own.read_npz(str(source.path)),
-    "leaf": lambda source: read_leaf(source.root),
-    "table": lambda source: read_tables(str(expand_home(source.root)), source.table),
+_OWN_READERS: dict[str, Callable[[Source, Targets | None], own.OwnData]] = {
+    "npz": lambda source, _: own.read_npz(str(source.path)),
+    "leaf": lambda source, _: read_leaf(source.root),
+    "table": lambda source, wanted: read_tables(
+        str(expand_home(source.root)), source.table, wanted
+    ),
 }
 _READERS: dict[str, Callable[[Source], RawData]] = {
     "cifar10": _torchvision_reader("CIFAR10", "cifar-10-batches-py"),

@@ -1,15 +1,17 @@
-"""Read feature vectors and their classes from CSV or Parquet files.
+"""Read feature vectors and their classes or numbers from CSV or Parquet files.
 
 An error names the file and the line or row.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ..core.losses import Targets
 from .csv_texts import Row, column_index, read_rows
 from .own import OwnData
 
@@ -26,7 +28,7 @@ class Table:
 
     train: str = "train.csv"
     test: str = "test.csv"
-    label: str = "label"  # the column of the classes
+    label: str = "label"  # the column of the classes, or of another target of ``model.loss``
     client: str | None = None  # the column of the clients; None: the files have none
     columns: tuple[str, ...] = ()  # the columns of the features; (): all others
 
@@ -35,16 +37,16 @@ class _Side(NamedTuple):
     """The columns of a file."""
 
     x: np.ndarray  # [M, F] float32
-    labels: np.ndarray  # [M] integers or texts
+    labels: np.ndarray  # [M] texts
     clients: np.ndarray | None  # the same
 
 
-def read_tables(folder: str, settings: Table) -> OwnData:
+def read_tables(folder: str, settings: Table, wanted: Targets | None = "classes") -> OwnData:
     """Read a training and a test file of numbers with named columns.
 
-    Both files have the same columns of features; those of the training file give the order. Raises
-    ValueError for a file that cannot be read, with the line or row for a cell that is no finite
-    number.
+    Both files have the same columns of features; those of the training file give the order. wanted:
+    what the label column must hold; None: floats are numbers, as in arrays. Raises ValueError for a
+    file that cannot be read, with the line or row for a cell that is no finite number.
     """
     names = _column_names(folder, settings)
     others = [name for name in names if name not in (settings.label, settings.client)]
@@ -52,12 +54,24 @@ def read_tables(folder: str, settings: Table) -> OwnData:
     if not columns:
         raise ValueError(f"table.train = {settings.train}: has no column of features")
     train, test = (
-        (_read_parquet if _is_parquet(getattr(settings, key)) else _read_csv)(
-            folder, key, settings, columns
-        )
+        _read_parquet(folder, key, settings, columns, allows_floats=wanted != "classes")
+        if _is_parquet(getattr(settings, key))
+        else _read_csv(folder, key, settings, columns)
         for key in ("train", "test")
     )
-    return OwnData(train.x, train.labels, test.x, test.labels, train.clients, test.clients)
+    labels = train.labels, test.labels
+    y_train, y_test = labels if wanted else _floats_as_numbers(*labels)
+    return OwnData(train.x, y_train, test.x, y_test, train.clients, test.clients)
+
+
+def _floats_as_numbers(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels of both sides as float64, if all are numbers and not all are integers."""
+    try:
+        numbers = train.astype(np.float64), test.astype(np.float64)
+    except ValueError:
+        return train, test
+    is_integer = all(re.fullmatch(r"[+-]?\d+", text) for text in (*train, *test))
+    return (train, test) if is_integer else numbers
 
 
 def _column_names(folder: str, settings: Table) -> Sequence[str]:
@@ -126,7 +140,9 @@ def _cell(location: str, column: str | None, text: str) -> str:
 # --- Parquet
 
 
-def _read_parquet(folder: str, key: str, settings: Table, columns: list[str]) -> _Side:
+def _read_parquet(
+    folder: str, key: str, settings: Table, columns: list[str], allows_floats: bool
+) -> _Side:
     """Return the features, labels and clients of a Parquet file."""
     name = getattr(settings, key)
     location = f"table.{key} = {name}"
@@ -141,11 +157,8 @@ def _read_parquet(folder: str, key: str, settings: Table, columns: list[str]) ->
     if not table.num_rows:
         raise ValueError(f"{location}: has no row under the names of the columns")
     x = np.stack([_parquet_numbers(table, column, location) for column in columns], axis=1)
-    labels, clients = (
-        None if column is None else _parquet_labels(table, column, location)
-        for column in (settings.label, settings.client)
-    )
-    assert labels is not None  # every table has a column of classes
+    labels = _parquet_labels(table, settings.label, location, allows_floats)
+    clients = None if settings.client is None else _parquet_labels(table, settings.client, location)
     return _Side(x, labels, clients)
 
 
@@ -185,15 +198,17 @@ def _parquet_numbers(table: "pyarrow.Table", column: str, location: str) -> np.n
     return values
 
 
-def _parquet_labels(table: "pyarrow.Table", column: str, location: str) -> np.ndarray:
-    """Return the labels or clients of a column, [M] texts or integers."""
+def _parquet_labels(
+    table: "pyarrow.Table", column: str, location: str, allows_floats: bool = False
+) -> np.ndarray:
+    """Return the labels or clients of a column, texts, integers or floats, as texts [M]."""
     cells = [cell.strip() if isinstance(cell, str) else cell for cell in table[column].to_pylist()]
     for row, cell in enumerate(cells, 1):
         if cell is None or cell == "":
             raise ValueError(
                 f"{location}: row {row}: has no {column}; give it one, or remove the row"
             )
-        if not isinstance(cell, int | str):
+        if not isinstance(cell, int | str) and not (allows_floats and isinstance(cell, float)):
             raise ValueError(
                 f"{location}: row {row}: {cell!r} in column {column} must be a text or an integer"
             )

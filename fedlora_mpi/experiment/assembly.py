@@ -50,6 +50,7 @@ class Assembly:
     vocabulary: Vocabulary | None = None  # of the texts
     token_settings: tuple[int, int] = (0, 0)  # number of token ids, token id of padding
     inventory: Inventory | None = None  # of what this rank has built
+    outputs: int = 0  # of a network
 
 
 def build(config: Config, source: str, comm: Comm, requested_path: RequestedPath = "") -> Assembly:
@@ -131,6 +132,7 @@ def _assemble(
         digest,
         data.vocabulary,
         (data.tokens, data.padding),
+        outputs=data.classes,
     )
 
 

@@ -322,6 +322,7 @@ def _companion_texts(assembly: Assembly) -> dict[str, str]:
 def create_log(folder: Path, assembly: Assembly) -> None:
     assert assembly.inventory is not None  # ``build`` sets it
     split = assembly.split
+    outputs = {"outputs": np.array([assembly.outputs], np.int64)}
     Log.create(
         folder / "log.h5",
         config_yaml=configs.checksummed_yaml(assembly.config),
@@ -338,6 +339,8 @@ def create_log(folder: Path, assembly: Assembly) -> None:
             "input_shape": np.array(assembly.input_shape, np.int64),
             "input_tokens": np.array(assembly.token_settings[:1], np.int64),
             "input_padding": np.array(assembly.token_settings[1:], np.int64),
+            # a network has one output for each class, except if the targets are no classes
+            **(outputs if assembly.outputs != split.train_counts.shape[1] else {}),
             "digest": split.digest(),
         },
     ).close()

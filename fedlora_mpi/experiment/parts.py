@@ -13,7 +13,7 @@ from ..aggregation.flat_layout import Layout
 from ..algorithm import LocalTraining, Transport, Variables, check_trainable
 from ..config import Config
 from ..config.blocks import prefix_errors
-from ..core.losses import Loss, find_loss
+from ..core.losses import LOSSES, Loss, Targets, find_loss
 from ..core.names import display_name
 from ..core.seeds import rng
 from ..data.datasets import Data, load
@@ -92,16 +92,29 @@ def _check_targets(config: Config, data: Data) -> None:
     with a metric.
     """
     method, name = config.algorithm, configs.algorithm_name(config.algorithm)
-    if method.needs_class_labels and data.targets != "classes":
-        raise ValueError(
-            f"name = {name}: needs a class of each sample, and model.loss = {config.model.loss} "
-            f"has {data.targets} as targets; choose another method, docs/methods.md says which "
-            "need classes"
-        )
+    _check_method(config, data.targets)
     if both := {*config.evaluate.metrics} & {*method.metrics}:
         raise ValueError(
             f"name = {name}: logs {min(both)} itself; leave it out of evaluate.metrics"
         )
+
+
+def _check_method(config: Config, targets: Targets) -> None:
+    """Raise ValueError if the method needs classes and the targets are none."""
+    if config.algorithm.needs_class_labels and targets != "classes":
+        name = configs.algorithm_name(config.algorithm)
+        raise ValueError(
+            f"name = {name}: needs a class of each sample, and model.loss = {config.model.loss} "
+            f"has {targets} as targets; choose another method, docs/methods.md says which "
+            "need classes"
+        )
+
+
+def check_loss(config: Config, source: str) -> None:
+    """Raise ConfigError if the method does not go with the loss, as far as the config tells."""
+    if loss := LOSSES.get(config.model.loss):  # a user's own takes any targets
+        with prefix_errors(source, "algorithm"):
+            _check_method(config, loss.targets or "classes")
 
 
 def split_data(config: Config, source: str, data: Data) -> Split:

@@ -14,6 +14,7 @@ from ..analysis.status import run_progress
 from ..config import Config, ConfigError
 from ..core.escapes import safe_file_name
 from ..core.paths import expand_home
+from ..experiment.parts import check_loss
 from ..experiment.processes import Task
 from ..mpi import launch
 from ..store import sweep_folder
@@ -169,6 +170,7 @@ def make_job(
         others = (text for text in overrides if not text.startswith("output="))
         overrides = (*others, f"output={place.folder / folder_name(values)}")
     config = configs.read(config_file, overrides)
+    check_loss(config, config_file)
     folder = expand_home(config.output)
     rounds_done, is_elsewhere = 0, False
     if (folder / "config.yaml").is_file():

@@ -22,12 +22,12 @@ from . import grid
 from .axes import Axis, Interval
 from .carry_out import end_state
 from .grid import Job
+from .metric import metric_direction
 
 if TYPE_CHECKING:
     import optuna
 
 SAMPLERS, PRUNERS, DIRECTIONS = ("tpe", "random"), ("median", "none"), ("maximize", "minimize")
-_LOWER_IS_BETTER = ("loss", "seconds", "bytes", "flops", "drift", "epsilon", "skipped", "nan_")
 _READ_SECONDS = 1.0  # from one look into the log of a run to the next
 
 
@@ -46,15 +46,6 @@ class SearchSettings:
             raise ValueError(f"--trials = {self.trials}: must be an integer of at least 1")
         if not self.direction:
             object.__setattr__(self, "direction", metric_direction(self.metric))
-
-
-def metric_direction(metric: str) -> str:
-    """Return whether a column of the log is better high or low. Raises ValueError if unknown."""
-    if metric.startswith("accuracy"):
-        return "maximize"
-    if any(word in metric for word in _LOWER_IS_BETTER):
-        return "minimize"
-    raise ValueError(f"--metric = {metric}: give --direction maximize or minimize")
 
 
 class Space(NamedTuple):
@@ -276,11 +267,17 @@ class Search:
             names = ", ".join(name for name in columns if name != "round")
             raise MissingMetric(f"--metric = {metric}: the log has no such column; it has {names}")
         is_known = np.isfinite(columns[metric])
+        is_evaluated = np.isfinite(columns.get("loss", columns[metric]))
+        if metric.startswith("accuracy") and is_evaluated.any() and not is_known.any():
+            raise MissingMetric(
+                f"--metric = {metric}: is NaN in {job.folder}, whose targets are no classes; "
+                "choose --metric loss"
+            )
         return columns["round"][is_known], columns[metric][is_known]
 
 
 class MissingMetric(ValueError):
-    """The log of a run has no such column."""
+    """The log of a run has no such column, or only NaN in it."""
 
 
 def open_study(settings: SearchSettings, folder: Path, base_seed: int) -> "optuna.Study":

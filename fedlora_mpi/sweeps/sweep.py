@@ -19,6 +19,7 @@ from . import grid
 from .axes import Axis, Interval, single_value_hint, split_overrides
 from .carry_out import GO_ON, Grid, Source, carry_out, first_state
 from .grid import Job, WrongJobs
+from .metric import check_metric
 from .search import Search, SearchSettings, corner_values, split_space
 from .view import View, make_view
 
@@ -194,6 +195,7 @@ def run_search(request: Request) -> tuple[int, list[str], Path]:
     space = split_space(axes)
     place = grid.sweep_place(request.config, plain)
     checked_jobs = grid.make_jobs(request.config, plain, list(corner_values(space)), place)
+    check_metric(settings.metric, checked_jobs)
     place.folder.mkdir(parents=True, exist_ok=True)
     with hold_lock(place.folder):
         search = Search(settings, space, request.config, plain, place)

@@ -9,6 +9,7 @@ from ..groups import Group, RunGroups, Stat, count_clients, format_setting
 from ..paired import Comparison
 from ..parts import LowRank
 from ..runs import column_name
+from ..scores import describe_directions
 from .clients import RivalPair, num_as_good
 from .table import Column, Table, format_number, format_percent
 
@@ -17,15 +18,22 @@ _SEED_NOTE = "± is the sample standard deviation over seeds (of run and partiti
 
 
 def accuracy_table(groups: Sequence[Group]) -> Table:
-    """Return the final and best accuracy, with a row for each group."""
-    columns = [
-        Column("run", "method"),
-        Column("seeds", "seeds"),
-        Column("rounds", "rounds"),
+    """Return the final and best accuracy and further scores, with a row for each group."""
+    runs = [run for group in groups for run in group.runs]
+    scores = list(dict.fromkeys(name for run in runs for name in run.scores))
+    has_accuracy = not scores or any(len(run.evaluated_rows) for run in runs)
+    accuracy_columns = [
         Column("final", "final / %", format_percent, marks_best=True),
         Column("best", "best / %", format_percent, marks_best=True),
         Column("worst", "worst client / %", format_percent, marks_best=True),
         Column("clients_std", "std over clients / %", format_percent),
+    ]
+    columns = [
+        Column("run", "method"),
+        Column("seeds", "seeds"),
+        Column("rounds", "rounds"),
+        *(accuracy_columns if has_accuracy else []),
+        *(Column(name, name, format_number) for name in scores),
     ]
     rows = [
         {
@@ -41,15 +49,24 @@ def accuracy_table(groups: Sequence[Group]) -> Table:
                 )
             ),
             "clients_std": group.seed_stat(_client_std),
+            **{
+                name: group.seed_stat(lambda run, name=name: run.scores.get(name, np.nan))
+                for name in scores
+            },
         }
         for group in groups
     ]
+    score_note = f"In the last evaluated round: {describe_directions(scores)}."
+    if not has_accuracy:
+        note = f"Mean over {count_clients(groups)}. {score_note} {_SEED_NOTE}."
+        return Table("accuracy", "Final scores", note, columns, rows)
     note = (
         f"Mean over {count_clients(groups)} of the test accuracy of each client's own model. "
         "Final, worst client and std over clients: in the last evaluated round. Best: of any "
         f"round, chosen on test data as in the papers. {_SEED_NOTE}; bold is the highest"
     )
     note += " on the same data." if len({group.task for group in groups}) > 1 else "."
+    note += f" {score_note}" if scores else ""
     return Table("accuracy", "Final and best accuracy", note, columns, rows)
 
 

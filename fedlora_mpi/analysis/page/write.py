@@ -236,6 +236,8 @@ def summarize(groups: Sequence[Group]) -> str:
         task_note = f" ({task})" if task else ""
         if finals:
             sentences.append(_describe_lead(finals, task_note))
+    if not sentences and any(run.scores for group in groups for run in group.runs):
+        return "There is no accuracy, because the targets are no classes; compare the final scores."
     return " ".join(sentences) or "No round was evaluated yet."
 
 
