@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.losses import Targets
 from ..data.partition import Split
 from ..store.files import replace_file
 from .report import align_columns
@@ -14,13 +13,15 @@ from .report import align_columns
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..core.losses import Targets
+
 _MAX_CLASSES, _MAX_CLIENTS = 20, 40  # largest numbers that the table shows one by one
 _MAX_NAME_LENGTH = 24  # longest shown part of a class name, characters
 _CELL_INCHES = 0.22  # inches between clients and between classes, unless the plot is at its limits
 _WIDTH_LIMITS, _HEIGHT_LIMITS = (4.0, 16.0), (3.0, 12.0)  # limits of the plot, inches
 
 
-def table(split: Split, names: Sequence[str] = (), targets: Targets = "classes") -> str:
+def table(split: Split, names: Sequence[str] = (), targets: "Targets" = "classes") -> str:
     """Return a table with one row per client, for the first 40 clients.
 
     A row has the client's training samples of each class, all its training samples, and its test
@@ -142,7 +143,7 @@ def _concentration_cells(counts: np.ndarray) -> tuple[str, str, str]:
     return str(np.count_nonzero(counts)), str(counts.argmax()), f"{counts.max() / counts.sum():.0%}"
 
 
-def _summary(split: Split, targets: Targets) -> str:
+def _summary(split: Split, targets: "Targets") -> str:
     """Return a line about all clients."""
     clients, classes = split.train_counts.shape
 
