@@ -30,7 +30,8 @@ LINE = re.compile(r"epoch (\d+)/(\d+) · test accuracy ([\d.]+)% · train loss (
 def pretrained(call, *arguments, to="net.safetensors"):
     """(leaves of the file, accuracies, losses) of a pretraining of tiny.yaml."""
     code, out, err = call("pretrain", TINY, *arguments, "--to", to)
-    assert (code, err) == (0, ""), err
+    said = [line for line in err.splitlines() if " resets " not in line]
+    assert (code, said) == (0, []), err
     lines = [LINE.match(line) for line in out.splitlines()[:-1]]
     assert [int(line[1]) for line in lines] == list(range(1, int(lines[0][2]) + 1)) and len(
         lines

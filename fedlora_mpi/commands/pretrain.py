@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Command, add_config_argument, add_override_arguments, as_keywords, tell_resets
+from .command import Command, add_config_argument, add_override_arguments, as_keywords
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
@@ -32,13 +32,10 @@ def execute(args: argparse.Namespace, comm: "Comm") -> int:
     from ..experiment.pretrain import pretrain
     from ..mpi.ending import collectively
 
-    def read_and_pretrain() -> None:
-        config = read(args.config, args.overrides)
-        if comm.rank == 0:
-            tell_resets(config)
-        pretrain(config, args.config, comm.size, **as_keywords(args, "config", "overrides"))
-
-    collectively(comm, read_and_pretrain)
+    options = as_keywords(args, "config", "overrides")
+    collectively(
+        comm, lambda: pretrain(read(args.config, args.overrides), args.config, comm.size, **options)
+    )
     return 0
 
 

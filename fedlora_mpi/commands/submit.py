@@ -45,8 +45,9 @@ def execute(args: argparse.Namespace, comm: "Comm") -> int:
 
     def queue() -> str:
         config = read(args.config, args.overrides)  # a mistake shows now, not in the job
+        text = submit(config, args.config, **as_keywords(args, "config"))
         tell_resets(config)
-        return submit(config, args.config, **as_keywords(args, "config"))
+        return text
 
     print(collectively(comm, queue))
     return 0

@@ -85,6 +85,8 @@ def pretrain(
                 loss=config.model.loss,
             )
     _create_folder(to)
+    for line in config.resets:
+        print(f"hint: {line}", file=sys.stderr, flush=True)
     for epoch, result in enumerate(_train_epochs(trainer, tree, epochs), 1):
         tree, loss, accuracy, test_loss, nan, seconds = result
         if nan:
