@@ -347,7 +347,7 @@ WRONG = {
     ),
     "a loss that looks at numbers": (
         LOSS.format(line="return fit(now, start, batch) if batch.x.sum().item() < 1e9 else None"),
-        {"stack": "cannot train in a stack (RuntimeError: vmap: It looks like you're calling .i"},
+        {"stack": "cannot train in a stack (it reads numbers of a tensor"},
         [*RIGHT[:6], *RIGHT[7:]],
     ),
     "a count outside": (
