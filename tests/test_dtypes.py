@@ -85,8 +85,6 @@ def brain(classes, shape):
 
 def of(method: str, network: str, *overrides: str, rounds: int = 2) -> tuple[str, ...]:
     plain = ("train.momentum=0",) if method == "scaffold" else ()
-    if method == "fedamp" and network == "half":  # alpha = 1e4 is beyond half numbers
-        plain = ("algorithm.alpha=1",)
     return (
         f"algorithm={method}",
         f"model=test_dtypes:{network}",

@@ -29,7 +29,7 @@ from fedlora_mpi.components.prototypes import class_means, feature_statistics, p
 from fedlora_mpi.components.similarity import attention, cosines, squared_distances
 from fedlora_mpi.components.simplex import best_weights, project_to_simplex
 from fedlora_mpi.core.seeds import rng
-from fedlora_mpi.core.tree import add_prefix, numel, select_prefix, split
+from fedlora_mpi.core.tree import add_prefix, numel, select_prefix, split, sq_dist
 from fedlora_mpi.federation.round import run_round
 from fedlora_mpi.models.network import from_module
 from fedlora_mpi.models.zoo import build
@@ -85,8 +85,8 @@ def batch_of(made, client=0, width=5):
     )
 
 
-def gradient(made, phase, now, batch):
-    """Gradient of the phase's loss by every leaf."""
+def gradient(made, phase, now, batch, start=None):
+    """Gradient of the phase's loss by every leaf; ``start`` is ``now`` unless told."""
     trains = phase.steps[0].trains
 
     def moves(n):
@@ -95,7 +95,7 @@ def gradient(made, phase, now, batch):
     leaves = [{n: v.clone().requires_grad_(moves(n)) for n, v in half.items()} for half in now[:2]]
     wanted = [v for half in leaves for v in half.values() if v.requires_grad]
     names = [n for half in leaves for n, v in half.items() if v.requires_grad]
-    value = phase.steps[0].loss(Variables(*leaves), now, batch)
+    value = phase.steps[0].loss(Variables(*leaves), start or now, batch)
     grads = torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
     return dict(zip(names, grads, strict=True)), value
 
@@ -222,55 +222,52 @@ def test_fedamp_is_not_local(stacked, how):
 def test_the_penalty_of_fedamp_has_gradient_lam_over_alpha_times_the_gap(convex):
     algorithm, round_ = FedAMP(lam=0.7, alpha=3.0, decay=0.5, decay_every=2, alpha_min=0.1), 5
     algorithm = replace(algorithm, convex=convex)
-    made = small.make_trainer(algorithm, "bn_net")
-    start = small.initial_variables(made).personal
-    delta = {n: numbers(*v.shape, at=n) for n, v in parameters(made).items()}
-    now = Variables({}, start | {n: start[n] + d for n, d in delta.items()})
+    made, alpha = small.make_trainer(algorithm, "bn_net"), 3 * 0.25
+    cloud = parameters(made)
+    w_i, w = ({n: v + numbers(*v.shape, at=a + n) for n, v in cloud.items()} for a in "iw")
+    first = small.initial_variables(made).personal
+    start, now = Variables({}, first | w_i), Variables({}, first | w)
+    scale = 1.0 if convex else alpha  # clients of the paper's form receive u_i for alpha = 1
+    u = {n: w_i[n] + scale * (v - w_i[n]) for n, v in cloud.items()}
 
     def of(a):
         (phase,) = phases_of(a.local(made.model, made.settings, round_))
-        return gradient(made, phase, now, batch_of(made))
+        return gradient(made, phase, now, batch_of(made), start)
 
     (full, value), (fit, plain_value) = of(algorithm), of(replace(algorithm, lam=0))
-    strength = 0.7 / (3 * 0.25)
-    for name, d in delta.items():
-        torch.testing.assert_close(full[name] - fit[name], strength * d, rtol=1e-4, atol=1e-5)
-    size = sum(d.square().sum() for d in delta.values())
-    # the published penalty counts from the start, which is ``now`` here
-    expected = strength / 2 * size.item() if convex else 0.0
-    assert (value - plain_value).item() == pytest.approx(expected, rel=1e-5)
-
-
-def clouds_at_the_start(algorithm, rounds, **how):
-    """(u_i at the start of the round after ``rounds``, w_i then), both [5, D], by client."""
-    federation, state = small.make_experiment(algorithm, "bn_net", **how)
-    state = small.run_rounds(federation, state, rounds)
-    done, names = trained(federation, state), list(parameters(federation.clients.trainer))
-    starts = [done[client].start.personal for client in range(5)]
-    return tuple(
-        torch.stack([flat({n: start[prefix + n] for n in names}) for start in starts]).double()
-        for prefix in (".cloud.", "")
-    )
+    for name in cloud:
+        pull = 0.7 / alpha * (w[name] - u[name])
+        torch.testing.assert_close(full[name] - fit[name], pull, rtol=1e-4, atol=1e-5)
+    expected = 0.7 / (2 * alpha) * (sq_dist(w, u) - sq_dist(w_i, u))  # counts from the start
+    assert (value - plain_value).item() == pytest.approx(float(expected), rel=1e-3)
 
 
 @STACK_FIRST
 @pytest.mark.parametrize("cloud_alpha, alpha", [("current", 3.0), ("previous", 30.0)])
 def test_a_decay_of_alpha_reaches_u_in_the_same_round(stacked, cloud_alpha, alpha):
-    algorithm = FedAMP(alpha=30, decay_every=2, sigma=20, cloud_alpha=cloud_alpha)
-    u, w = clouds_at_the_start(algorithm, 2, stacked=stacked)  # of round 2, the first with alpha 3
+    algorithm = FedAMP(alpha=30, decay_every=2, sigma=20, cloud_alpha=cloud_alpha, start="cloud")
+    federation, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
+    state = small.run_rounds(federation, state, 2)  # round 2 is the first with alpha = 3
+    names, rows = list(parameters(federation.clients.trainer)), federation.placement.row_of_client
+    w = [flat({n: state.personal[n][rows[client]] for n in names}) for client in range(5)]
+    done = trained(federation, state)
+    u = [flat({n: done[client].start.personal[n] for n in names}) for client in range(5)]
+    w, u = torch.stack(w).double(), torch.stack(u).double()
     torch.testing.assert_close(u, direct_xi(w, algorithm, alpha) @ w, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("round_, alpha", [(0, 30.0), (3, 30 / 8)])
 def test_u_has_the_alpha_of_its_round_however_old_the_mix_is(round_, alpha):
-    algorithm = FedAMP(alpha=30, decay=0.5, decay_every=1)
+    algorithm = FedAMP(alpha=30, decay=0.5, decay_every=1, start="cloud")
     made = small.make_trainer(algorithm, "bn_net")
     w = small.initial_variables(made).personal
     mixed = {n: v + numbers(*v.shape, at=n) for n, v in select_prefix(w, ".cloud.").items()}
     now = Variables({}, w | add_prefix(mixed, ".cloud."))
     visit = algorithm.local(made.model, made.settings, round_)[0]
-    u = select_prefix(visit.apply(now, now, None).personal, ".cloud.")
-    small.assert_near(u, {n: w[n] + alpha * (v - w[n]) for n, v in mixed.items()})
+    moved = visit.apply(now, now, None).personal
+    expected = {n: w[n] + alpha * (v - w[n]) for n, v in mixed.items()}
+    small.assert_near({n: moved[n] for n in mixed}, expected)
+    small.assert_near(select_prefix(moved, ".cloud."), expected)  # so nothing pulls at u_i
 
 
 @pytest.mark.parametrize("alpha", [1e4, 1.0])

@@ -9,11 +9,11 @@ https://arxiv.org/abs/2007.03797. In round t, first the server, then client i:
     alpha_t = max(alpha_min, alpha decay^floor(t / decay_every))
     xi_ij = (1 - xi_ii) exp(sigma cos(w_i, w_j)) / sum_(h != i) exp(sigma cos(w_i, w_h))  HeurFedAMP
 
-HeurFedAMP (``heuristic: true``), for deep networks, has xi_ii = self_weight. Training starts at w_i
-(``start: own``) or at u_i (``cloud``). For every alpha_t, w_i is first pulled by (lam / alpha_t)
-(w_i - u_i) = lam sum_j A'(d_ij) (w_i - w_j). This is at most lam (N - 1) / sqrt(2 e sigma): clients
-that overshoot each other pull less. SGD is stable on the penalty if lr lam / alpha_t < 2 (1 +
-momentum), hence ``alpha_min`` (Fling has none).
+HeurFedAMP (``heuristic: true``), for deep networks, has xi_ii = self_weight (easyFL: sigma 25).
+Training starts at w_i (``start: own``) or at u_i (``cloud``). For every alpha_t, w_i is first
+pulled by (lam / alpha_t) (w_i - u_i) = lam sum_j A'(d_ij) (w_i - w_j). This is at most lam (N - 1)
+/ sqrt(2 e sigma): clients that overshoot each other pull less. SGD is stable on the penalty if
+lr lam / alpha_t < 2 (1 + momentum), hence ``alpha_min`` (Fling has none).
 
 BatchNorm: statistics are personal and not mixed. Bytes per client and round: the parameters up
 (w_i) and down (u_i). Deviations: the defaults are those of the FedAMP that FedLoRA's first author
@@ -40,7 +40,7 @@ _CLOUD = method_leaf_name("cloud")
 
 @dataclass(frozen=True)
 class FedAMP(Algorithm):
-    """The personal leaves "cloud.<leaf>" hold u_i. easyFL's ``sigma`` of HeurFedAMP is 25."""
+    """The personal leaves "cloud.<leaf>" hold u_i (for alpha_t = 1 where alpha_t scales it)."""
 
     evaluate_on = "after_training"
     lam: float = 1.0  # [1] weight of the pull towards u_i; default: Fling's
@@ -76,22 +76,22 @@ class FedAMP(Algorithm):
 
     def local(self, model: Model, train: LocalTraining, round_: int) -> tuple[Phase | Visit, ...]:
         fit, alpha = self.loss(model), self.alpha_of(round_)
+        scale = alpha if self._scales_u else 1.0  # u_i = w_i + scale (cloud - w_i)
 
-        def take_cloud(start: Variables, now: Variables, data: Batch) -> Variables:
-            u = select_prefix(now.personal, _CLOUD)
-            if self._scales_u:
-                u = {n: torch.lerp(now.personal[n], v, alpha) for n, v in u.items()}
-            begin = u if self.start == "cloud" else {}
-            return now._replace(personal=now.personal | add_prefix(u, _CLOUD) | begin)
+        def move_to_cloud(start: Variables, now: Variables, data: Batch) -> Variables:
+            cloud = select_prefix(now.personal, _CLOUD)
+            u = {n: torch.lerp(now.personal[n], v, scale) for n, v in cloud.items()}
+            return now._replace(personal=now.personal | u | add_prefix(u, _CLOUD))
 
         def loss(now: Variables, start: Variables, batch: Batch) -> Tensor:
-            u = select_prefix(now.personal, _CLOUD)
-            penalty = sq_dist(now.personal, u, u)
-            if self._scales_u:  # less its value at the start, which grows with alpha_t
-                penalty = penalty - sq_dist(start.personal, u, u)
-            return fit(now, start, batch) + self.lam / (2 * alpha) * penalty
+            # ||w - u_i||^2 - ||w_i - u_i||^2 without u_i, which may be as large as alpha_t
+            w, w_i, cloud = now.personal, start.personal, select_prefix(now.personal, _CLOUD)
+            pull = sum(((w[n] - w_i[n]) * (v - w_i[n])).sum() for n, v in cloud.items())
+            penalty = sq_dist(w, w_i, cloud) / (2 * alpha) - scale / alpha * pull
+            return fit(now, start, batch) + self.lam * penalty
 
-        return Visit(take_cloud), Phase(train.epochs, (Step(loss, model.leaves.__contains__),))
+        training = Phase(train.epochs, (Step(loss, model.leaves.__contains__),))
+        return (Visit(move_to_cloud), training) if self.start == "cloud" else (training,)
 
     def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
         rows = {_CLOUD + n: end.personal[n] for n in select_prefix(end.personal, _CLOUD)}
@@ -105,5 +105,5 @@ class FedAMP(Algorithm):
 
     @property
     def _scales_u(self) -> bool:
-        """Whether ``cloud`` arrives as u_i for alpha = 1, from which a client makes u_i."""
+        """Whether ``cloud`` is u_i for alpha_t = 1."""
         return self.cloud_alpha == "current" and not (self.convex or self.heuristic)
