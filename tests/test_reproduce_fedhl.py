@@ -12,6 +12,7 @@ import pytest
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
+from fedlora_mpi.reproduce import backbones
 from fedlora_mpi.reproduce import fedhl_table as fedhl
 from fedlora_mpi.reproduce.fedhl_table import (
     BACKBONES,
@@ -96,11 +97,16 @@ def test_all_methods_have_the_same_ranks_and_scale_and_are_judged_by_the_servers
 
 
 @pytest.mark.parametrize("data, width", CASES)
-def test_a_backbone_has_the_network_and_the_words_of_its_runs(data, width):
+def test_a_backbone_has_the_network_and_the_words_of_its_runs(data, width, monkeypatch):
     case = FineTuningCase(data, width, 1.0, OUT, train_file="part.csv")
-    run, before = run_of(case, "fedit").config, case.pretrain_config("data")
+    asked = []
+    monkeypatch.setattr(backbones, "pretrain", lambda *a, **how: asked.append((a[0], how)))
+    case.prepare("data", False, print)
+    ((before, how),) = asked
+    run = run_of(case, "fedit").config
     assert replace(run.model.mix[0], weights=None) == before.model.mix[0]
     assert before.data.source == run.data.source
+    assert how == {"to": case.weights, "classes": case.backbone.classes}
 
 
 @pytest.mark.parametrize(

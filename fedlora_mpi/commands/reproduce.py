@@ -18,6 +18,7 @@ TABLES = {  # table -> description
     "table6": "the text row of the FedLoRA paper's Table 6",
     "pfedlora": "accuracy and cost of the pFedLoRA paper: clients with networks of their own",
     "fedhl": "LoRA of clients' own ranks on a backbone that is made here",
+    "fedhl_shift": "LoRA of clients' own ranks where the needed update has a high rank",
 }
 ONE_OR_MORE: dict[str, Any] = {"nargs": "+", "default": ()}
 
@@ -49,11 +50,12 @@ def _add_table(parser: argparse.ArgumentParser, table: str) -> None:
         parser.add_argument(flag, help=help_ if table in tables else argparse.SUPPRESS, **options)
 
     data_sets = ("cifar10", "cifar100", "tiny_imagenet", "ag_news")
-    default_set = {"table6": "ag_news", "fedhl": "both"}.get(table, "cifar10")
+    both = {"fedhl": "both", "fedhl_shift": "both"}
+    default_set = {"table6": "ag_news", **both}.get(table, "cifar10")
     usual_sets = {
         "table6": data_sets[3:],
         "pfedlora": data_sets[:2],
-        "fedhl": (data_sets[0], data_sets[3]),
+        **dict.fromkeys(both, (data_sets[0], data_sets[3])),
     }.get(table, data_sets[:3])
     add_option(
         "--data",
@@ -62,19 +64,22 @@ def _add_table(parser: argparse.ArgumentParser, table: str) -> None:
         choices=data_sets,
         metavar="SET",
     )
-    default_alpha = {"table6": "1.0", "fedhl": "0.5"}.get(table, "0.1")
+    default_alpha = {
+        "table6": "1.0",
+        "fedhl": "0.5",
+        "fedhl_shift": "inf 0.5; inf: independent and identically distributed",
+    }.get(table, "0.1")
     add_option(
         "--alpha",
         f"of the Dirichlet split (default {default_alpha})",
-        (*FEDLORA_TABLES, "table6", "fedhl"),
+        (*FEDLORA_TABLES, "table6", *both),
         **ONE_OR_MORE,
         type=float,
     )
     texts_help = "the file of the training texts in DATA/AG_NEWS (default train.csv)"
-    add_option("--text-train", texts_help, ("table6", "fedhl"), default="", metavar="FILE")
-    add_option(
-        "--seeds", "default: 1 2 3, at small scale 1", **ONE_OR_MORE, type=int, metavar="SEED"
-    )
+    add_option("--text-train", texts_help, ("table6", *both), default="", metavar="FILE")
+    seeds_help = "default: 1 2 3" + ("" if table == "fedhl_shift" else ", at small scale 1")
+    add_option("--seeds", seeds_help, **ONE_OR_MORE, type=int, metavar="SEED")
     add_option("--rounds", "default: the scale's; more of them go on with a finished run", type=int)
     rows_help = "rows of the table"
     rows_help += ", or any algorithm" if table in ("table1", "table6", "pfedlora") else ""
@@ -97,6 +102,13 @@ def _add_table(parser: argparse.ArgumentParser, table: str) -> None:
         ("fedhl",),
         **ONE_OR_MORE,
         choices=("narrow", "wide"),
+    )
+    add_option(
+        "--lora-ranks",
+        "of the clients: from 64 to 4, or from 16 to 1 (default both)",
+        ("fedhl_shift",),
+        **ONE_OR_MORE,
+        choices=("high", "low"),
     )
     participation_help = "fraction of the clients in a round (default 1.0 0.4)"
     add_option(

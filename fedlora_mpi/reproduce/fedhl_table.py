@@ -7,15 +7,15 @@ The backbone needs no external file: ``fedlora-mpi pretrain`` trains it on the f
 classes. Then all classes are federated.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ..config import Config, from_dict
 from . import paper
+from .backbones import make_backbone
 from .grid import Case, Entry, Scale, Table
 from .results import Result
 from .sheet import Cell, Sheet, csv_record, format_accuracy, format_difference, spread_note
@@ -144,61 +144,51 @@ class FineTuningCase(Case):
     def optimizer(self) -> dict[str, float]:
         return {"lr": LR[self.data], "momentum": 0.9}
 
-    def pretrain_config(self, root: str) -> Config:
-        """The config with which ``pretrain`` trains the backbone."""
+    def prepare(self, root: str, download: bool, report: Callable[[str], None]) -> None:
         backbone = self.backbone
-        data = {
-            "dataset": self.data,
-            "root": root,
-            **self.source,
-            "partition": {"kind": "iid", "clients": 1},
-        }
+        data = {"dataset": self.data, "root": root, "download": download, **self.source}
         train = {"epochs": backbone.epochs, "batch_size": 50, **backbone.optimizer}
-        mapping = {
-            "data": data,
-            "model": dict(backbone.model),
-            "algorithm": "fedavg",
-            "train": train,
-        }
-        return from_dict(mapping, str(self.weights))
+        make_backbone(self.weights, data, backbone.model, train, report, backbone.classes)
+
+
+_ON_SERVER = {"judged": "server"}
+_COMMON_SCALE = _ON_SERVER | {"scale": "common"}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # key -> label, settings; "-" begins a variant
+    "fedit": ("FedIT", _ON_SERVER),
+    "flexlora": ("FlexLoRA", _COMMON_SCALE),
+    "fedhl": ("FedHL", _COMMON_SCALE),
+    "fedhl-fedhera": ("FedHL, weights 1 / t^2", _COMMON_SCALE | {"weight_mode": "fedhera"}),
+    "fedhl-relative": (
+        "FedHL, eps 0.01 of W^4",
+        _COMMON_SCALE | {"weight_mode": "fedhera", "eps_relative": 0.01},
+    ),
+    "fedhl-samples": ("FedHL, weights n_k", _COMMON_SCALE | {"weight_mode": "samples"}),
+    "fedhl-uniform": ("FedHL, equal weights", _COMMON_SCALE | {"weight_mode": "uniform"}),
+    "fedhl-inverse": ("FedHL, weights 1 / t", _COMMON_SCALE | {"weight_mode": "inverse"}),
+    "fedex_lora": ("FedEx-LoRA", _ON_SERVER | {"downlink": "factored"}),
+    "flora": ("FLoRA", {}),
+    "hetlora": ("HetLoRA", _ON_SERVER),
+    "ffa_lora": ("FFA-LoRA", _ON_SERVER),
+    "rolora": ("RoLoRA", _ON_SERVER),
+    "fed_rac_lora": ("Fed-RAC-LoRA", {}),
+    "fed_talora": ("Fed-TaLoRA", _ON_SERVER | {"downlink": "factored"}),
+}
+
+
+def lora_entries(
+    keys: Iterable[str], ranks: Sequence[int], participation: float = 1.0, **settings: Any
+) -> Iterator[Entry]:
+    """An entry for each key of ``METHODS``, with s = 1 for all ranks and with ``settings``."""
+    common = {"lora_ranks": list(ranks), "alpha": float(max(ranks)), "diagnose": True, **settings}
+    for key in keys:
+        label, own = METHODS[key]
+        block = {"name": key.partition("-")[0], **common, **own}
+        yield Entry(key, label, block, participation=participation)
 
 
 def _fedhl_entries(case: FineTuningCase, scale: Scale) -> Iterator[Entry]:
-    common = {"lora_ranks": list(RANKS), "alpha": float(max(RANKS)), "diagnose": True}
-    on_server, common_scale = {"judged": "server"}, {"scale": "common"}
-    for key, label, extra in (
-        ("fedit", "FedIT", on_server),
-        ("flexlora", "FlexLoRA", on_server | common_scale),
-        ("fedhl", "FedHL", on_server | common_scale),
-        (
-            "fedhl-fedhera",
-            "FedHL, weights 1 / t^2",
-            on_server | common_scale | {"weight_mode": "fedhera"},
-        ),
-        (
-            "fedhl-relative",
-            "FedHL, eps 0.01 of W^4",
-            on_server | common_scale | {"weight_mode": "fedhera", "eps_relative": 0.01},
-        ),
-        (
-            "fedhl-samples",
-            "FedHL, weights n_k",
-            on_server | common_scale | {"weight_mode": "samples"},
-        ),
-        ("fedex_lora", "FedEx-LoRA", on_server | {"downlink": "factored"}),
-        ("flora", "FLoRA", {}),
-        ("hetlora", "HetLoRA", on_server),
-        ("ffa_lora", "FFA-LoRA", on_server),
-        ("rolora", "RoLoRA", on_server),
-        ("fed_rac_lora", "Fed-RAC-LoRA", {}),
-        ("fed_talora", "Fed-TaLoRA", on_server | {"downlink": "factored"}),
-    ):
-        yield Entry(
-            key,
-            label,
-            {"name": key.partition("-")[0], **common, **extra},
-            participation=case.participation,
-        )
+    keys = [key for key in METHODS if key not in ("fedhl-uniform", "fedhl-inverse")]
+    return lora_entries(keys, RANKS, case.participation)
 
 
 TABLES = {
@@ -224,7 +214,7 @@ def fedhl_sheet(
     rows = [("", "seeds", "best", "last", "MB up", "MB down", *LOGGED_COLUMNS.values())]
     records = []
     for cell in cells:
-        traffic, logged = _traffic(results[cell.entry.key]), _logged_means(results[cell.entry.key])
+        traffic, logged = _traffic(results[cell.entry.key]), logged_means(results[cell.entry.key])
         numbers = [f"{number:.4g}" for number in (*traffic.values(), *logged.values())]
         rows.append(
             (
@@ -261,7 +251,7 @@ def _traffic(results: Sequence[Result]) -> dict[str, float]:
     }
 
 
-def _logged_means(results: Sequence[Result]) -> dict[str, float]:
+def logged_means(results: Sequence[Result]) -> dict[str, float]:
     """The columns of ``LOGGED_COLUMNS``: the mean over rounds and seeds."""
     return {
         name: float(np.mean([r.rounds[name] for r in results])) if results else np.nan

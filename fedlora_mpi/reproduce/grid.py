@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from ..config import Config, from_dict
 from .paper import Accuracy
@@ -65,6 +65,11 @@ class Case(ABC):
         return ""
 
     @property
+    def dataset(self) -> str:
+        """The config key ``data.dataset``."""
+        return self.data
+
+    @property
     def source(self) -> Mapping[str, Any]:
         """The config block ``data`` without data set, root and partition."""
         return {}
@@ -84,6 +89,14 @@ class Case(ABC):
     def optimizer(self) -> Mapping[str, float]:
         """The config block ``train`` without epochs and batch size."""
 
+    def prepare(  # noqa: B027  (most cases need no file)
+        self, root: str, download: bool, report: Callable[[str], None]
+    ) -> None:
+        """Make the files that its runs read and that do not exist yet.
+
+        root, download: as in the config block ``data``. ``report`` takes a line of progress.
+        """
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -94,6 +107,8 @@ class Entry:
     algorithm: Mapping[str, Any]  # the config block
     published: Accuracy | None = None
     participation: float = 1.0
+    lr: float | None = None  # None: that of the case
+    non_finite: Literal["stop", "skip"] = "stop"  # the config key ``faults.non_finite``
 
 
 class Job(NamedTuple):
@@ -118,6 +133,15 @@ class Job(NamedTuple):
         return self.folder.with_name(self.folder.name + suffix)
 
 
+class Tuning(NamedTuple):
+    """How a table chooses the learning rate of each method: of ``rates`` the best with ``seed``, by
+    the accuracy of the last rounds. No run of the table has this seed.
+    """
+
+    rates: tuple[float, ...]
+    seed: int
+
+
 @dataclass(frozen=True)
 class Table:
     """A table or figure of a paper. ``entries(case, scale)`` yields its cells in paper order."""
@@ -128,6 +152,7 @@ class Table:
     allows_other_methods: bool = False  # whether --methods may add algorithms not in the paper
     # what is known of the paper's ±
     std_note: str = "the paper's, over 3 seeds, does not say which"
+    tuning: Tuning | None = None  # None: the cases say the learning rate
 
 
 def make_job(
@@ -144,14 +169,20 @@ def make_job(
         "participation": entry.participation,
         "output": str(folder / name),
         "data": {
-            "dataset": case.data,
+            "dataset": case.dataset,
             "root": root,
             **case.source,
             "partition": {**case.split, "seed": seed, **sizes},
         },
         "model": dict(case.model),
         "algorithm": dict(entry.algorithm),
-        "train": {"epochs": scale.epochs, "batch_size": scale.batch_size, **case.optimizer},
+        "train": {
+            "epochs": scale.epochs,
+            "batch_size": scale.batch_size,
+            **case.optimizer,
+            **({} if entry.lr is None else {"lr": entry.lr}),
+        },
+        "faults": {"non_finite": entry.non_finite},
         "checkpoint": {"every": 10, "keep": 1},  # few, since a grid of runs fills a disk
     }
     return Job(entry, case, seed, from_dict(mapping, f"{name}.yaml"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..core.paths import expand_home
 from . import agnews_row as agnews
+from . import fedhl_shift_table as shift
 from . import fedhl_table as fedhl
 from .fedlora_tables import DATASETS, DirichletCase
 from .grid import Case
@@ -17,9 +18,10 @@ from .pfedlora_table import PARTICIPATION, TABLE_NAME, ClientCounts
 class Request:
     """The command line. An empty sequence, "" or None means the default.
 
-    data: cifar10; for ``table6`` ag_news; for ``fedhl`` both. alpha: 0.1; for ``table6`` 1.0; for
-    ``fedhl`` 0.5; not for ``pfedlora``. text_train: a file in AG_NEWS, only for ``table6`` and
-    ``fedhl``. width and participation: only for ``fedhl``; default all. clients, homogeneous and
+    data: cifar10; for ``table6`` ag_news; for ``fedhl`` and ``fedhl_shift`` both. alpha: 0.1; for
+    ``table6`` 1.0; for ``fedhl`` 0.5; for ``fedhl_shift`` 0.5 and inf; not for ``pfedlora``.
+    text_train: a file in AG_NEWS, for tables that may read it. width and participation: only for
+    ``fedhl``; lora_ranks: only for ``fedhl_shift``; default all. clients, homogeneous and
     target (per cent): only for ``pfedlora``; clients by default 10, 50, 100 at full scale and 10 at
     small scale; target by default the highest accuracy that all methods reach. methods: all of the
     table. rounds: those of the scale. jobs: one per GPU, or as many as the CPU cores allow.
@@ -33,8 +35,9 @@ class Request:
     homogeneous: bool = False
     width: Sequence[str] = ()
     participation: Sequence[float] = ()
+    lora_ranks: Sequence[str] = ()
     target: Sequence[float] = ()
-    seeds: Sequence[int] = ()  # default: 1, 2, 3 at full scale, 1 at small scale
+    seeds: Sequence[int] = ()  # default: 1, 2, 3; at small scale 1, but for ``fedhl_shift``
     rounds: int | None = None
     methods: Sequence[str] = ()
     scale: str = "small"
@@ -58,13 +61,19 @@ class Request:
                 "homogeneous": self.homogeneous,
                 "target": self.target,
             }
-        if self.table not in (agnews.TABLE_NAME, fedhl.TABLE_NAME):
+        if self.table not in (agnews.TABLE_NAME, fedhl.TABLE_NAME, shift.TABLE_NAME):
             disallowed["text-train"] = self.text_train
+        if self.table != shift.TABLE_NAME:
+            disallowed["lora-ranks"] = self.lora_ranks
         if self.table != fedhl.TABLE_NAME:
             disallowed |= {"width": self.width, "participation": self.participation}
         for name, choice in disallowed.items():
             if choice:
                 raise ValueError(f"--{name}: {self.table} has no such choice; leave it out")
+        if self.table == shift.TABLE_NAME and shift.TUNING_SEED in self.seeds:
+            raise ValueError(
+                f"--seeds = {shift.TUNING_SEED}: with it the learning rates are chosen; give others"
+            )
 
     @property
     def is_full_scale(self) -> bool:
@@ -91,6 +100,10 @@ class Request:
                 fedhl.FineTuningCase(data, width, participation, self.table_folder, alpha, file)
                 for data, width, participation, alpha in combinations
             ]
+        if self.table == shift.TABLE_NAME:
+            file = self.text_train or agnews.TRAIN_FILE
+            folder = self.table_folder
+            return shift.shift_cases(self.data, self.lora_ranks, self.alpha, folder, file)
         datasets = self.data or ("cifar10",)
         if self.table == TABLE_NAME:
             clients = self.clients or (tuple(PARTICIPATION) if self.is_full_scale else (10,))
@@ -109,7 +122,8 @@ class Request:
 
     @property
     def run_seeds(self) -> Sequence[int]:
-        return self.seeds or ((1, 2, 3) if self.is_full_scale else (1,))
+        has_three = self.is_full_scale or self.table == shift.TABLE_NAME
+        return self.seeds or ((1, 2, 3) if has_three else (1,))
 
     def rounds_for(self, case: Case) -> int:
         """How many rounds the runs of this case have."""

@@ -12,6 +12,8 @@ from ..store.files import StoreError
 from ..store.reader import RunFiles
 from .grid import Job
 
+LATE_ROUNDS = 5
+
 
 @dataclass(frozen=True)
 class Result:
@@ -20,6 +22,7 @@ class Result:
     job: Job
     rounds: Mapping[str, np.ndarray]  # columns [T]
     clients: Mapping[str, np.ndarray]  # columns [T, N]
+    folder: Path | None = None  # the run folder
 
     @property
     def best_row(self) -> int:
@@ -35,6 +38,11 @@ class Result:
     def last(self) -> float:
         """The accuracy after the last round, per cent."""
         return 100 * float(self.rounds["accuracy"][-1])
+
+    @property
+    def late(self) -> float:
+        """The mean accuracy after each of the last ``LATE_ROUNDS`` rounds, per cent."""
+        return 100 * float(self.rounds["accuracy"][-LATE_ROUNDS:].mean())
 
 
 class ResultStore:
@@ -74,7 +82,7 @@ class ResultStore:
         def cut_columns(columns):
             return {name: column[wanted] for name, column in columns.items()}
 
-        return Result(job, cut_columns(rounds), cut_columns(clients))
+        return Result(job, cut_columns(rounds), cut_columns(clients), folder)
 
 
 def num_logged_rounds(folder: Path) -> int:

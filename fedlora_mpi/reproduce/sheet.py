@@ -113,8 +113,8 @@ class Cell(NamedTuple):
         return cls(
             entry,
             len(results),
-            _seed_stat([r.best for r in results]),
-            _seed_stat([r.last for r in results]),
+            seed_stat([r.best for r in results]),
+            seed_stat([r.last for r in results]),
         )
 
 
@@ -257,7 +257,8 @@ def accuracy_by_client(
     }
 
 
-def _seed_stat(numbers: Sequence[float]) -> Accuracy:
+def seed_stat(numbers: Sequence[float]) -> Accuracy:
+    """The mean over seeds and the sample standard deviation, NaN where there is none."""
     if not numbers:
         return Accuracy(np.nan, np.nan)
     return Accuracy(

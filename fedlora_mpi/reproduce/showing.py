@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..store import nolinks
 from ..store.files import write_atomic
 from . import costs, picture, sheet
+from . import fedhl_shift_table as shift
 from . import fedhl_table as fedhl
 from .grid import Case, Job
 from .paper import CLAIMS
@@ -94,6 +95,8 @@ def _make_sheets(
         notes.append(f"the paper: {CLAIMS['fig4']}")
     if request.table == fedhl.TABLE_NAME:
         return {"": fedhl.fedhl_sheet(title, caution, notes, cells, seeds, results)}
+    if request.table == shift.TABLE_NAME:
+        return {"": shift.shift_sheet(title, caution, notes, cells, seeds, results)}
     if request.table == "table2":
         return {"": sheet.lora_rank_sheet(title, caution, notes, cells, seeds)}
     return {

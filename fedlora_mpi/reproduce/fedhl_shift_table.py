@@ -1,0 +1,256 @@
+"""``reproduce fedhl_shift``: clients of unequal ranks learn an update that no small rank can hold.
+
+FedHL's claim (``paper.FEDHL``) can show where the needed update has a rank far above the smallest
+r_k and is carried by LoRA. So the input of a pretrained MLP is turned by a random rotation Q,
+common to all clients, and its head stays frozen: the LoRA part of the first weight W has to become
+W Q^T - W, which has full rank. Most clients have low ranks. The inputs are 256 features of the data
+set (``features``), the MLP is 256-128-classes, pretrained on the features that are not turned.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import inf
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..data.datasets import Source, Text
+from ..store.reader import RunFiles
+from . import paper
+from .backbones import make_backbone
+from .features import WIDTH, write_features
+from .fedhl_table import logged_means, lora_entries
+from .grid import Case, Entry, Scale, Table, Tuning
+from .results import LATE_ROUNDS, Result
+from .sheet import Cell, Sheet, format_accuracy, format_difference, seed_stat, spread_note
+
+TABLE_NAME = "fedhl_shift"
+RANKS = {  # client k has the (k mod 10)-th rank
+    "high": (64, 32, 16, 16, 8, 8, 4, 4, 4, 4),
+    "low": (16, 8, 4, 4, 2, 2, 1, 1, 1, 1),
+}
+ALPHAS = (inf, 0.5)
+FULL_SCALE = Scale(clients=100, train=500, test=100, batch_size=20, epochs=1, rounds=200)
+# A run of 40 rounds * 10 clients * 1,000 samples takes 12 s of one CPU core, its start included.
+# Eight cases of 9 methods, with 3 learning rates and 3 seeds: 432 runs, 45 minutes on two cores.
+SMALL_SCALE = Scale(clients=10, train=1000, test=200, batch_size=20, epochs=1, rounds=40)
+RATES = (0.001, 0.002, 0.005)
+TUNING_SEED = 1000
+KEYS = (
+    "flexlora",
+    "fedhl",
+    "fedhl-samples",
+    "fedhl-uniform",
+    "fedhl-inverse",
+    "fedhl-fedhera",
+    "flora",
+    "fedex_lora",
+    "hetlora",
+)
+LABELS = {"fedhl": "FedHL, drift"}
+LEAST_SHARE = 0.05  # of ||D||^2 beyond the smallest rank, below which the claim cannot show
+HIDDEN = 128
+
+
+@dataclass(frozen=True)
+class ShiftCase(Case):
+    """``ranks`` is a key of ``RANKS``; ``alpha`` that of the Dirichlet split, inf: independent and
+    identically distributed. ``folder`` holds features and backbones. ``train_file`` is the file
+    with the training texts in the folder AG_NEWS.
+    """
+
+    ranks: str
+    alpha: float
+    folder: Path
+    train_file: str = "train.csv"
+    full_scale_source: ClassVar[str] = "full scale"
+
+    def __post_init__(self) -> None:
+        if self.data not in ("cifar10", "ag_news"):
+            raise ValueError(f"--data = {self.data}: {TABLE_NAME} has cifar10, ag_news")
+
+    @property
+    def name(self) -> str:
+        split = "iid" if self.alpha == inf else f"alpha{self.alpha:g}"
+        return f"{self.data}-{self.ranks}-{split}"
+
+    @property
+    def description(self) -> str:
+        split = "iid" if self.alpha == inf else f"alpha {self.alpha:g}"
+        return f"{self.data}, ranks {', '.join(map(str, RANKS[self.ranks]))}, {split}"
+
+    @property
+    def data_difference(self) -> str:
+        is_partial = self.data == "ag_news" and self.train_file != "train.csv"
+        return f"training texts of {self.train_file} (full scale all 120,000)" if is_partial else ""
+
+    def scale_sizes(self, scale: str) -> Scale:
+        return FULL_SCALE if scale == "full" else SMALL_SCALE
+
+    @property
+    def dataset(self) -> str:
+        return "npz"
+
+    @property
+    def features(self) -> Path:
+        """The npz file with the features."""
+        suffix = f"-{Path(self.train_file).stem}" if self.data_difference else ""
+        return self.folder / f"{self.data}{suffix}-features.npz"
+
+    @property
+    def weights(self) -> Path:
+        """The file of the backbone."""
+        return self.features.with_name(f"{self.features.stem}-mlp.safetensors")
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return {"path": str(self.features), "shift": "rotate_inputs"}
+
+    @property
+    def split(self) -> dict[str, Any]:
+        is_iid = self.alpha == inf
+        return {"kind": "iid"} if is_iid else {"kind": "dirichlet_client", "alpha": self.alpha}
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return {"name": "mlp", "hidden": HIDDEN, "weights": str(self.weights)}
+
+    @property
+    def optimizer(self) -> dict[str, float]:
+        return {"lr": RATES[0], "momentum": 0.9}
+
+    def prepare(self, root: str, download: bool, report: Callable[[str], None]) -> None:
+        if not self.features.exists():
+            report(f"{self.features}: {WIDTH} features of each sample of {self.data}")
+            text = Text(vocabulary=20000, length=128, train=self.train_file)
+            source = Source(self.data, root=root, download=download)
+            if self.data == "ag_news":
+                source = Source(self.data, root=root, download=download, text=text)
+            write_features(source, self.features, self.folder.parent)
+        data = {"dataset": "npz", "path": str(self.features)}
+        model = {"name": "mlp", "hidden": HIDDEN}
+        train = {"epochs": 5, "batch_size": 50, "lr": 0.01, "momentum": 0.9}
+        make_backbone(self.weights, data, model, train, report)
+
+
+def shift_cases(
+    data: Sequence[str],
+    ranks: Sequence[str],
+    alphas: Sequence[float],
+    folder: Path,
+    train_file: str,
+) -> list[Case]:
+    """The cases for these choices; an empty sequence means all of them."""
+    combinations = product(data or ("cifar10", "ag_news"), ranks or RANKS, alphas or ALPHAS)
+    return [ShiftCase(d, r, alpha, folder, train_file) for d, r, alpha in combinations]
+
+
+def _entries(case: ShiftCase, scale: Scale) -> Iterator[Entry]:
+    return lora_entries(KEYS, RANKS[case.ranks], full=[], layers=["1.weight"])
+
+
+TABLES = {
+    TABLE_NAME: Table(
+        "FedHL: an update of high rank",
+        _entries,
+        f"{WIDTH} features (principal components of images, latent semantic components of texts), "
+        f"turned by one random rotation; MLP {WIDTH}-{HIDDEN}-classes pretrained on features that "
+        "are not turned; LoRA of its first weight alone, s = 1; of the paper only the abstract "
+        "could be had",
+        tuning=Tuning(RATES, TUNING_SEED),
+    )
+}
+
+
+def shift_sheet(
+    title: str,
+    caution: str,
+    notes: Sequence[str],
+    cells: Sequence[Cell],
+    seeds: int,
+    results: Mapping[str, Sequence[Result]],
+) -> Sheet:
+    """A row for each method: accuracy in the last rounds, its difference from FlexLoRA's, and the
+    logged numbers that explain it.
+    """
+    header = ("", "lr", "seeds", "late", "- FlexLoRA", "effective clients", "truncation", "bias")
+    rows, records = [header], []
+    base = {r.job.seed: r.late for r in results.get("flexlora", ())}
+    for cell in cells:
+        found = results[cell.entry.key]
+        late = seed_stat([r.late for r in found])
+        gain = seed_stat([r.late - base[r.job.seed] for r in found if r.job.seed in base])
+        logged = logged_means(found)
+        rows.append(
+            (
+                LABELS.get(cell.entry.key, cell.entry.label),
+                "-" if cell.entry.lr is None else f"{cell.entry.lr:g}",
+                f"{cell.num_seeds}/{seeds}",
+                format_accuracy(late),
+                format_gain(gain),
+                f"{logged['effective_clients']:.3g}",
+                f"{logged['lora_truncation']:.3g}",
+                f"{logged['lora_bias']:.3g}",
+            )
+        )
+        records.append(
+            {
+                "entry": cell.entry.key,
+                "label": cell.entry.label,
+                "lr": np.nan if cell.entry.lr is None else cell.entry.lr,
+                "seeds": cell.num_seeds,
+                "late_mean": late.mean,
+                "late_std": late.std,
+                "gain_mean": gain.mean,
+                "gain_std": gain.std,
+                **logged,
+            }
+        )
+    explanations = [
+        _share_note(results.get("fedhl-samples", ())),
+        f"late: accuracy in % of the server's model, mean over the clients' test data and over the "
+        f"last {LATE_ROUNDS} rounds; - FlexLoRA: the mean difference between equal seeds; the "
+        "other columns: means over the rounds, as `diagnose` explains them",
+        f"lr: of {', '.join(f'{rate:g}' for rate in RATES)} the best in the last rounds with seed "
+        f"{TUNING_SEED}",
+        f"the paper: ahead of the best other method by {paper.FEDHL}",
+        spread_note(seeds, "the paper's could not be had"),
+    ]
+    return Sheet(title, caution, [*explanations, *notes], rows, records)
+
+
+def format_gain(value: paper.Accuracy) -> str:
+    """A mean difference with its standard deviation as text; "-" where unknown."""
+    spread = "" if np.isnan(value.std) else f" ± {value.std:.2f}"
+    return format_difference(value.mean) + spread
+
+
+def _share_note(results: Sequence[Result]) -> str:
+    """Whether the claim can show: how much of the server's update the smallest rank cannot hold."""
+    shares = [share for r in results if (share := tail_share(r)) is not None]
+    if not shares:
+        return "share of ||D||^2 beyond the smallest rank: unknown until `fedhl-samples` is done"
+    share = float(np.mean(shares))
+    verdict = (
+        f"; under {LEAST_SHARE:.0%}, so the claim cannot show here" if share < LEAST_SHARE else ""
+    )
+    return (
+        f"share of the server's update ||D||^2 beyond the smallest rank, with weights n_k after "
+        f"the last round: {share:.1%}{verdict}"
+    )
+
+
+def tail_share(result: Result) -> float | None:
+    """sum_{j > r_min} s_j^2 / sum_j s_j^2 of the server's update after the last round of a run of
+    FedHL; s_j are singular values. None if the run has no checkpoint of that round.
+    """
+    files, last = RunFiles(result.folder) if result.folder else None, result.job.config.rounds
+    if files is None or last not in files.checkpoints():
+        return None
+    assert isinstance(case := result.job.case, ShiftCase)
+    shared, smallest = files.checkpoint(last).shared(), min(RANKS[case.ranks])
+    tails = [leaf for name, leaf in shared.items() if name.startswith("tail.")]  # each [R + 1]
+    beyond = sum(float(tail[min(smallest, len(tail) - 1)]) for tail in tails)
+    return beyond / max(sum(float(tail[0]) for tail in tails), 1e-30)

@@ -1,0 +1,36 @@
+"""The learning rate of each method of a table with a ``Tuning``: trials, and what they choose."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from .grid import Case, Entry, Job, Tuning
+from .results import ResultStore
+
+Rates = dict[tuple[Case, str], float]  # (case, key of the entry) -> learning rate
+
+
+def trial_entries(entries: Iterable[Entry], tuning: Tuning) -> Iterator[Entry]:
+    """Each entry with each learning rate. A trial that diverges is a bad one, not a failure."""
+    for entry in entries:
+        for lr in tuning.rates:
+            yield replace(entry, key=_trial_key(entry.key, lr), lr=lr, non_finite="skip")
+
+
+def choose_rates(trials: Sequence[Job], store: ResultStore) -> Rates:
+    """The best learning rate of each method of each case.
+
+    It is the one with the highest accuracy in the last rounds, the lower one of two equal ones.
+    Trials that are not finished do not take part.
+    """
+    best: dict[tuple[Case, str], tuple[float, float]] = {}
+    for job in trials:
+        lr, result = job.entry.lr, store.result(job)
+        if result is None or lr is None:
+            continue
+        place = (job.case, job.entry.key.removesuffix(_trial_key("", lr)))
+        best[place] = max(best.get(place, (-1.0, 0.0)), (result.late, -lr))
+    return {place: -negative_lr for place, (_, negative_lr) in best.items()}
+
+
+def _trial_key(key: str, lr: float) -> str:
+    return f"{key}-lr{lr:g}"
