@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..data.datasets import Data, Source, load
+from ..store import nolinks
 from ..store.files import write_atomic
 
 WIDTH = 256  # features of a sample
@@ -22,12 +23,19 @@ def write_features(source: Source, to: Path, root: Path) -> None:
     minus their mean. The components keep their relative sizes; one factor gives all of them
     together the standard deviation 1. Deterministic. Raises ValueError for data that are neither.
     """
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "features: scikit-learn is not installed; pip install 'fedlora-mpi[digits]'"
+        ) from error
     data = load(source)
-    if not (data.has_images or data.vocabulary):
+    if not (data.has_images or data.tokens):
         raise ValueError(f"data = {source.dataset}: features are made of images and texts alone")
-    reduce = _latent_semantics if data.vocabulary else _principal_components
+    reduce = _latent_semantics if data.tokens else _principal_components
     train, test = reduce(data)
-    mean, scale = train.mean(0), train.std()
+    mean = train.mean(0)
+    scale = (train - mean).std()
     arrays = {
         "x_train": ((train - mean) / scale).astype(np.float32),
         "y_train": data.train.y.numpy(),
@@ -38,7 +46,8 @@ def write_features(source: Source, to: Path, root: Path) -> None:
     }
     file = io.BytesIO()
     np.savez(file, **arrays)
-    write_atomic(to, file.getvalue(), root)
+    with nolinks.open_folder(to.parent, root, create=True):
+        write_atomic(to, file.getvalue(), root)
 
 
 def _principal_components(data: Data) -> tuple[np.ndarray, np.ndarray]:
