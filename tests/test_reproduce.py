@@ -21,7 +21,7 @@ from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.local import Local
 from fedlora_mpi.cli import main
 from fedlora_mpi.federation.round import run_round
-from fedlora_mpi.reproduce import carry, paper, picture, sheet, showing
+from fedlora_mpi.reproduce import carry, order, paper, picture, sheet, showing
 from fedlora_mpi.reproduce.carrying_out import reproduce_grid
 from fedlora_mpi.reproduce.fedlora_tables import (
     DATASETS,
@@ -460,6 +460,39 @@ def test_the_order_of_the_methods_is_compared_with_the_papers(ours, rho):
         "Title", "", [], [sheet.Cell.from_results(run.job.entry, [run]) for run in runs], 1
     )
     assert f"rank correlation {rho} (Spearman" in made.notes[-1]
+
+
+def test_the_interval_of_the_order_is_wide_where_seeds_disagree():
+    means, stds = np.arange(5.0) * 10, np.zeros(5)
+    ours = np.stack([means, means + 1, means - 1], 1)
+    assert order.bootstrap_interval(ours, means, stds) == pytest.approx((1.0, 1.0))
+    turned = np.stack([means, -means, means], 1)
+    assert order.bootstrap_interval(turned, means, stds) == pytest.approx((-1.0, 1.0))
+    low, high = order.bootstrap_interval(ours, means, stds + 30)  # the paper's numbers are unsure
+    assert low < 0.9 < high
+
+
+def test_the_interval_of_the_order_is_that_of_seeds_that_all_entries_have():
+    found = {}
+    for n in range(4):
+        for seed in (1, 2):
+            run = result(f"m{n}", seed, [n + seed], published=Accuracy(10.0 * n, 0.0))
+            found.setdefault(n, []).append(run)
+    cells = [sheet.Cell.from_results(runs[0].job.entry, runs) for runs in found.values()]
+    (note,) = order.order_notes(cells)
+    assert "95 % interval +1.00 to +1.00 (bootstrap over our 2 seeds" in note
+    found[0].pop()
+    cells[0] = sheet.Cell.from_results(found[0][0].job.entry, found[0])
+    (note,) = order.order_notes(cells)
+    assert "interval" not in note
+
+
+def test_the_medium_scale_is_table_1s_alone(capsys):
+    assert Request("table1", scale="medium").run_seeds == (1, 2, 3)
+    (case,) = Request("table1", scale="medium").cases
+    assert case.scale_sizes("medium")[:2] == (40, 100)
+    with pytest.raises(ValueError, match="--scale = medium: only table1 has it"):
+        Request("table2", scale="medium")
 
 
 def test_table_2_has_its_columns_for_the_convolutions_and_marks_the_best():

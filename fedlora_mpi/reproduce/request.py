@@ -53,6 +53,8 @@ class Request:
         for name, value in (("rounds", self.rounds), ("ranks", self.ranks), ("jobs", self.jobs)):
             if value is not None and value < 1:
                 raise ValueError(f"--{name} = {value}: must be an integer of at least 1")
+        if self.scale == "medium" and self.table != "table1":
+            raise ValueError("--scale = medium: only table1 has it; choose small or full")
         if self.table == TABLE_NAME:
             disallowed: dict[str, object] = {"alpha": self.alpha}
         else:
@@ -122,7 +124,7 @@ class Request:
 
     @property
     def run_seeds(self) -> Sequence[int]:
-        has_three = self.is_full_scale or self.table == shift.TABLE_NAME
+        has_three = self.scale != "small" or self.table == shift.TABLE_NAME
         return self.seeds or ((1, 2, 3) if has_three else (1,))
 
     def rounds_for(self, case: Case) -> int:

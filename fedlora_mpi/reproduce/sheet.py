@@ -3,7 +3,7 @@
 import csv
 import io
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from ..analysis.report import align_columns
 from ..core import escapes
 from . import paper
 from .grid import Entry, Table
+from .order import order_notes
 from .paper import Accuracy
 from .results import Result
 
@@ -101,6 +102,7 @@ class Cell(NamedTuple):
     num_seeds: int  # finished seeds
     best: Accuracy
     last: Accuracy
+    best_by_seed: Mapping[int, float] = {}
 
     @property
     def difference(self) -> float:
@@ -115,6 +117,7 @@ class Cell(NamedTuple):
             len(results),
             seed_stat([r.best for r in results]),
             seed_stat([r.last for r in results]),
+            {r.job.seed: r.best for r in results},
         )
 
 
@@ -141,7 +144,7 @@ def comparison_sheet(
     return Sheet(
         title,
         caution,
-        [METRIC_NOTE, spread_note(seeds, std_note), *notes, *_order_notes(cells)],
+        [METRIC_NOTE, spread_note(seeds, std_note), *notes, *order_notes(cells)],
         rows,
         [csv_record(c) for c in cells],
     )
@@ -171,7 +174,7 @@ def lora_rank_sheet(
     return Sheet(
         title,
         caution,
-        [explanation, METRIC_NOTE, spread_note(seeds), *notes, *_order_notes(cells)],
+        [explanation, METRIC_NOTE, spread_note(seeds), *notes, *order_notes(cells)],
         rows,
         [csv_record(c) for c in cells],
     )
@@ -299,19 +302,3 @@ def csv_record(cell: Cell) -> dict[str, Any]:
         **numbers,
         "difference": cell.difference,
     }
-
-
-def _order_notes(cells: Sequence[Cell]) -> Iterator[str]:
-    """A note on how well the order of our entries agrees with the paper's. Needs at least four
-    entries.
-    """
-    pairs = [
-        (c.best.mean, c.entry.published.mean) for c in cells if c.num_seeds and c.entry.published
-    ]
-    if len(pairs) > 3:
-        ranks_of_columns = [np.argsort(np.argsort(column)) for column in zip(*pairs, strict=True)]
-        rho = np.corrcoef(ranks_of_columns[0], ranks_of_columns[1])[0, 1]
-        yield (
-            f"order of the {len(pairs)} entries against the paper's: rank correlation {rho:+.2f} "
-            "(Spearman; 1 is the same)"
-        )
