@@ -15,12 +15,7 @@ from fedlora_mpi.mpi.comm import Solo
 LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "SLURM_NTASKS")
 
 
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Ctrl-C as in a terminal: what a script starts in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("interruptible")
 
 
 @pytest.fixture

@@ -213,7 +213,7 @@ def test_what_cannot_be_trained_is_a_runtime_error():
         fedlora_mpi.run(TINY, quiet=True, rounds=2, **{"train.lr": 1e30})
 
 
-def test_a_signal_stops_the_run_with_a_checkpoint_and_raises_keyboard_interrupt():
+def test_a_signal_stops_the_run_with_a_checkpoint_and_raises_keyboard_interrupt(interruptible):
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt, match="run: stopped; continue with fedlora_mpi.resume"):
         fedlora_mpi.run(TINY, quiet=True, rounds=100_000, **{"checkpoint.every": 100_000})
