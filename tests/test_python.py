@@ -197,6 +197,8 @@ def test_an_edited_method_is_loaded_anew(folder, monkeypatch):
         (lambda: fedlora_mpi.run({"rounds": 3}), "config: data: must be given"),
         (lambda: fedlora_mpi.run(TINY, ranks=0), "ranks = 0: must be an integer of at least 1"),
         (lambda: fedlora_mpi.resume("nothing"), "nothing: not a run folder"),
+        (lambda: fedlora_mpi.resume(None), "None: is no path; give a text or a pathlib.Path"),
+        (lambda: fedlora_mpi.open_run(3), "3: is no path; give a text or a pathlib.Path"),
         (
             lambda: fedlora_mpi.run(TINY, **{"data.dataset": "npz", "data.path": "none.npz"}),
             f"{TINY}: data.path = none.npz: cannot be read",

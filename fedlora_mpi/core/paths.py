@@ -17,7 +17,11 @@ _USER_ERRNOS = {
 
 
 def expand_home(path: str | Path) -> Path:
-    """``path`` with the home folder for ``~``. Raises ValueError if there is no such user."""
+    """``path`` with the home folder for ``~``. Raises ValueError if there is no such user, or if it
+    is no path.
+    """
+    if not isinstance(path, str | Path):
+        raise ValueError(f"{path!r}: is no path; give a text or a pathlib.Path")
     try:
         return Path(path).expanduser()
     except RuntimeError:
