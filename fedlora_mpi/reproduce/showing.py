@@ -83,10 +83,13 @@ def _make_sheets(
         return {"": sheet.client_sheet(title, caution, notes, results)}
     if request.table == TABLE_NAME:
         sheets = {"": costs.accuracy_sheet(title, caution, notes, cells, seeds)}
-        for suffix, (percent, target_notes) in _choose_targets(request, case, results).items():
+        targets = _choose_targets(request, case, results)
+        for suffix, (percent, target_notes) in targets.items():
             sheets[suffix] = costs.target_sheet(
                 title, caution, target_notes, cells, results, percent
             )
+        percents = [percent for percent, _ in targets.values()]
+        sheets["-claims"] = costs.claims_sheet(title, caution, case.data, cells, results, percents)
         return sheets | {
             "-gains": costs.client_gains_sheet(f"{title}; each client", caution, [], cells, results)
         }
