@@ -553,5 +553,9 @@ def test_at_full_scale_the_papers_target_is_there_as_well():
 def test_collect_prints_the_table_before_anything_is_done(tmp_path, capsys):
     assert main(["reproduce", TABLE_NAME, "--collect", "-o", str(tmp_path)]) == 0
     assert "NOT the paper's experiment: train 400 (paper all)" in capsys.readouterr().out
+    few = ["--samples", "50", "--classes", "4", "--scale", "full", "--clients", "10"]
+    assert main(["reproduce", TABLE_NAME, *few, "--collect", "-o", str(tmp_path)]) == 0
+    sizes = "train 50 (paper all), batch_size 10 (paper 512), classes per client 4 (paper 2)"
+    assert f"NOT the paper's experiment: {sizes}" in " ".join(capsys.readouterr().out.split())
     assert {path.suffix for path in (tmp_path / TABLE_NAME).iterdir()} == {".txt", ".md", ".csv"}
     assert TABLE_NAME in ALL

@@ -135,9 +135,9 @@ def _add_pfedlora_cells(add_option: Callable[..., None]) -> None:
     )
     add_option("--samples", samples_help, table, **ONE_OR_MORE, type=int, metavar="N")
     places = ("matrix", "conv", "side", "alone")
-    adapter_help = f"a row of pFedLoRA for each place of its adapter, of {', '.join(places)}"
+    adapter_help = f"a row of pFedLoRA for each, of {', '.join(places)} (default matrix)"
     add_option("--adapter", adapter_help, table, **ONE_OR_MORE, choices=places, metavar="PLACE")
-    rank_help = "a row of pFedLoRA for each rank of its adapter (default 8)"
+    rank_help = "a row of pFedLoRA for each (default 8)"
     add_option("--adapter-rank", rank_help, table, **ONE_OR_MORE, type=int, metavar="R")
 
 

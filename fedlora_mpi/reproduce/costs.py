@@ -31,8 +31,8 @@ LIKELY_FLOPS_RATIOS = (1.0, 4 / 3)
 _NO_TABLES_NOTE = "the paper's tables could not be had, only its claims"
 _CLAIMS_NOTES = (
     f"the paper's claims: what {PFEDLORA['flops']} times fewer FLOPs and {PFEDLORA['bytes']} times "
-    "fewer bytes imply if both are against FedProto in one experiment; from an adapter that trains "
-    "for nothing to one that trains for as many epochs as the network",
+    "fewer bytes imply if both are against FedProto in one experiment; from an adapter whose "
+    "training costs nothing to one that trains for as many epochs as the network",
     "numbers of the adapter: what a client sends up in a round; the paper's, from what FedProto "
     "sends in the paper's split",
 )

@@ -112,8 +112,12 @@ class ClientCounts(Case):
         """The fraction of the clients that take part in a round."""
         return PARTICIPATION[self.clients]
 
+    @property
+    def paper_sizes(self) -> Scale:
+        return Scale(self.clients, train=0, test=0, batch_size=512, epochs=10, rounds=500)
+
     def scale_sizes(self, scale: str) -> Scale:
-        sizes = Scale(self.clients, train=0, test=0, batch_size=512, epochs=10, rounds=500)
+        sizes = self.paper_sizes
         if scale != "full":
             sizes = sizes._replace(**SMALL_SIZES)
             sizes = sizes._replace(epochs=EPOCHS_OF_SAMPLES) if self.samples else sizes

@@ -150,7 +150,7 @@ def _difference_note(request: Request, case: Case) -> str:
     sizes = (
         case.scale_sizes(request.scale)
         ._replace(rounds=request.rounds_for(case))
-        .describe_cut(case.scale_sizes("full"), case.full_scale_source)
+        .describe_cut(case.paper_sizes, case.full_scale_source)
     )
     differences = ", ".join(filter(None, (sizes, case.data_difference)))
     return (
