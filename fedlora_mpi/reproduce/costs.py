@@ -33,8 +33,8 @@ _CLAIMS_NOTES = (
     f"the paper's claims: what {PFEDLORA['flops']} times fewer FLOPs and {PFEDLORA['bytes']} times "
     "fewer bytes imply if both are against FedProto in one experiment; from an adapter whose "
     "training costs nothing to one that trains for as many epochs as the network",
-    "numbers of the adapter: what a client sends up in a round; the paper's, from what FedProto "
-    "sends in the paper's split",
+    "numbers of the adapter: what a client sends up in a round, with any network; the paper's, from "
+    "what FedProto sends in the paper's split",
 )
 ResultsByMethod = Mapping[str, Sequence[Result]]  # key of the entry -> finished seeds
 
@@ -110,6 +110,11 @@ def best_baseline(cells: Sequence[Cell]) -> Cell | None:
     """The most accurate method other than pFedLoRA. None without finished runs."""
     baselines = [cell for cell in cells if cell.num_seeds and not is_pfedlora(cell.entry)]
     return max(baselines, key=lambda cell: cell.best.mean, default=None)
+
+
+def own_cell(cells: Sequence[Cell]) -> Cell | None:
+    """The first row of pFedLoRA, with which the others are compared. None without finished runs."""
+    return next((cell for cell in _pfedlora_cells(cells)[:1] if cell.num_seeds), None)
 
 
 def accuracy_sheet(
@@ -247,15 +252,18 @@ def claims_sheet(
 def adapter_cost(
     seeds: Sequence[Result], fedproto_seeds: Sequence[Result], target: float
 ) -> AdapterCost:
-    """What our runs have of what the claims depend on. ``target`` is in per cent."""
-    numel = [r.rounds["bytes_up"] / r.rounds["clients"] / FLOAT32_BYTES for r in seeds]
+    """What our runs have of what the claims depend on. ``target`` is in per cent.
+
+    The adapter has one shape beside all networks of a run.
+    """
+    numels = [r.rounds["bytes_up"].sum() / r.rounds["clients"].sum() / FLOAT32_BYTES for r in seeds]
     flops, fedproto_flops = (
         np.mean([r.rounds["flops"] for r in runs]) if runs else np.nan
         for runs in (seeds, fedproto_seeds)
     )
     own_cost, fedproto_cost = (mean_cost_until(runs, target) for runs in (seeds, fedproto_seeds))
     return AdapterCost(
-        float(np.mean(numel)) if numel else np.nan,
+        float(np.mean(numels)) if numels else np.nan,
         float(flops / fedproto_flops),
         fedproto_cost.rounds / own_cost.rounds,
     )
@@ -325,11 +333,6 @@ def overview_sheet(
     return Sheet(
         title, caution, [METRIC_NOTE, spread_note(seeds, _NO_TABLES_NOTE), *notes], rows, records
     )
-
-
-def own_cell(cells: Sequence[Cell]) -> Cell | None:
-    """The first row of pFedLoRA, with which the others are compared. None without finished runs."""
-    return next((cell for cell in _pfedlora_cells(cells)[:1] if cell.num_seeds), None)
 
 
 def _pfedlora_cells(cells: Sequence[Cell]) -> list[Cell]:
