@@ -33,8 +33,8 @@ _CLAIMS_NOTES = (
     f"the paper's claims: what {PFEDLORA['flops']} times fewer FLOPs and {PFEDLORA['bytes']} times "
     "fewer bytes imply if both are against FedProto in one experiment; from an adapter whose "
     "training costs nothing to one that trains for as many epochs as the network",
-    "numbers of the adapter: what a client sends up in a round, with any network; the paper's, from "
-    "what FedProto sends in the paper's split",
+    "numbers of the adapter: what a client sends up in a round, with any network; the "
+    "paper's, from what FedProto sends in the paper's split",
 )
 ResultsByMethod = Mapping[str, Sequence[Result]]  # key of the entry -> finished seeds
 
