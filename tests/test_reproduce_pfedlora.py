@@ -12,12 +12,20 @@ import pytest
 from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
 from fedlora_mpi.data.partition import Shares
+from fedlora_mpi.models.zoo import BUILDERS
 from fedlora_mpi.reproduce import costs, picture, showing
 from fedlora_mpi.reproduce.carrying_out import reproduce_grid
 from fedlora_mpi.reproduce.costs import Cost, Curve
 from fedlora_mpi.reproduce.fedlora_tables import DirichletCase
 from fedlora_mpi.reproduce.grid import Entry, Job, make_job
-from fedlora_mpi.reproduce.pfedlora_table import LABELS, TABLE_NAME, ClientCounts
+from fedlora_mpi.reproduce.pfedlora_table import (
+    LABELS,
+    NUM_CLASSES,
+    NUM_FEATURES,
+    TABLE_NAME,
+    ClientCounts,
+    implied_by_claims,
+)
 from fedlora_mpi.reproduce.registry import TABLES as ALL
 from fedlora_mpi.reproduce.registry import table_entries
 from fedlora_mpi.reproduce.request import Request
@@ -114,9 +122,62 @@ def test_a_further_method_takes_part_as_the_others_do():
     assert run_of(ClientCounts("cifar10", 100), "local_lora").participation == 0.1
 
 
+def test_a_cell_with_few_samples_of_more_classes_has_a_name_of_its_own():
+    few = ClientCounts("cifar10", 50, classes=4, samples=50)
+    assert few.name == "cifar10-clients50-classes4-samples50"
+    assert few.description.endswith("five CNNs, 4 classes a client, 50 samples a client")
+    assert few.data_difference == "classes per client 4 (paper 2)"
+    run = run_of(few, scale="small")
+    split = run.data.partition
+    assert (split.clients, split.classes_per_client, split.train) == (50, 4, 50)
+    # 4 epochs of 5 batches: as many steps a round as the authors' 10 epochs of 800 samples
+    assert (run.participation, run.train.batch_size, run.train.epochs) == (0.2, 10, 4)
+    at_full_scale = run_of(few).train
+    assert (at_full_scale.batch_size, at_full_scale.epochs) == (10, 10)
+    assert ClientCounts("cifar10", 50, classes=2).name == "cifar10-clients50"
+
+
+def test_each_place_and_rank_of_the_adapter_is_a_row_of_pfedlora():
+    case = ClientCounts("cifar10", 10, False, None, None, ("matrix", "alone"), (8, 64))
+    rows = table_entries(TABLE_NAME, case, case.scale_sizes("small"), [TABLE_NAME, "fd"])
+    suffixes = ["", "-rank64", "-alone", "-alone-rank64"]
+    assert [row.key for row in rows] == ["fd", *(TABLE_NAME + suffix for suffix in suffixes)]
+    assert rows[-1].label == "pFedLoRA, adapter alone, rank 64"
+    algorithm = run_of(case, rows[-1].key).algorithm
+    assert (algorithm.adapter, algorithm.lora_rank) == ("alone", 64)
+    # a table without the default row does not bring it back
+    case = replace(case, adapter_places=("alone",), adapter_ranks=())
+    rows = table_entries(TABLE_NAME, case, case.scale_sizes("small"), [TABLE_NAME])
+    assert [row.key for row in rows] == ["pfedlora-alone"]
+
+
+def test_the_row_of_the_default_adapter_keeps_its_run():
+    case = ClientCounts("cifar10", 10)
+    assert run_of(replace(case, adapter_ranks=(8,)), TABLE_NAME) == run_of(case, TABLE_NAME)
+
+
+@pytest.mark.parametrize(
+    "choices, message",
+    [
+        ({"classes": 0}, "--classes = 0: must be from 1 to 10, the classes of cifar10"),
+        ({"classes": 11}, "--classes = 11: must be from 1 to 10"),
+        ({"classes": 4, "samples": 3}, "--samples = 3: must be at least 4, one for each class"),
+        ({"samples": 0}, "--samples = 0: must be at least 2"),
+        ({"adapter_ranks": (8, 0)}, "--adapter-rank = 0: must be at least 1"),
+    ],
+)
+def test_a_cell_that_cannot_be_is_refused(choices, message):
+    with pytest.raises(ValueError, match=message):
+        ClientCounts("cifar10", 50, **choices)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["table1", "--samples", "50"], "--samples: table1 has no such choice"),
+        (["fedhl", "--classes", "4"], "--classes: fedhl has no such choice"),
+        (["table3", "--adapter-rank", "64"], "--adapter-rank: table3 has no such choice"),
+        (["table6", "--adapter", "alone"], "--adapter: table6 has no such choice"),
         (["table1", "--clients", "10"], "--clients: table1 has no such choice"),
         (["fig4", "--homogeneous"], "--homogeneous: fig4 has no such choice"),
         (["table2", "--target", "80"], "--target: table2 has no such choice"),
@@ -147,12 +208,13 @@ def test_cells_and_seeds_by_default():
 
 
 def result(key, seed, accuracies, clients=((90.0, 70.0, 80.0),), up=3, down=1, flops=10):
-    """A finished run: percentages, and what each round costs."""
+    """A finished run: percentages, and what each round of 2 clients costs."""
     length = len(accuracies)
-    each = {"bytes_up": up, "bytes_down": down, "flops": flops}
+    each = {"bytes_up": up, "bytes_down": down, "flops": flops, "clients": 2}
     columns = {"round": np.arange(1, length + 1), "accuracy": np.array(accuracies) / 100}
     columns |= {name: np.full(length, value) for name, value in each.items()}
-    entry = Entry(key, LABELS[key], {"name": key})
+    name = key.partition("-")[0]
+    entry = Entry(key, key.replace(name, LABELS[name]), {"name": name})
     best = np.repeat(np.array(clients) / 100, length, axis=0)
     return Result(Job(entry, ClientCounts("cifar10", 10), seed, None), columns, {"accuracy": best})
 
@@ -259,6 +321,62 @@ def test_accuracy_is_compared_with_the_best_baseline_and_the_claim():
         ("pFedLoRA", "1/1", "73.50", "73.00", ""),
     ]
     assert made.notes[0].startswith("ahead of the best baseline: the paper +1.35, here +1.50 (FD)")
+
+
+def test_the_claims_alone_tell_the_rounds_and_the_size_of_the_adapter():
+    # until the target FedProto's T rounds cost 11.81 times the FLOPs and 7.41 times the numbers of
+    # one round of pFedLoRA, whose FLOPs are c times FedProto's and whose numbers are n
+    for data, held, known in (("cifar10", 2, 10), ("cifar100", 10, 100)):
+        for c in (1.0, 1.5):
+            n, flops_ratio, T = implied_by_claims(data, c)
+            assert T * 1 / c == pytest.approx(11.81) and flops_ratio == c
+            assert T * (held * 500 + known * 500) / (n + n) == pytest.approx(7.41)
+    assert round(implied_by_claims("cifar10", 1.0).numel) == 4781
+    assert round(implied_by_claims("cifar100", 1.0).numel) == 43829
+
+
+def test_the_claims_count_the_classes_and_features_of_the_runs():
+    for data in ("cifar10", "cifar100"):
+        for network in run_of(ClientCounts(data, 10)).model.mix:
+            head = BUILDERS[network.name](NUM_CLASSES[data], (3, 32, 32))[-1]
+            assert (head.in_features, head.out_features) == (NUM_FEATURES, NUM_CLASSES[data])
+
+
+def test_our_adapters_are_beside_what_the_claims_imply():
+    cells, by = shown(
+        result("fedproto", 1, [40.0, 50.0, 60.0], flops=50),
+        result(TABLE_NAME, 1, [50.0, 65.0], up=8 * 4080, flops=60),
+        result(TABLE_NAME + "-rank64", 1, [20.0, 30.0], up=8 * 32640, flops=75),
+    )
+    made = costs.claims_sheet("Title", "", "cifar10", cells, by, [60.0, 30.0])
+    assert made.rows[0][3:] == (
+        "rounds of FedProto / its, 60 %",
+        "rounds of FedProto / its, 30 %",
+    )
+    assert made.rows[1:] == [
+        ("the paper's claims", "4,781 to 6,375", "1 to 1.33", *["11.8 to 15.7"] * 2),
+        ("pFedLoRA", "4,080", "1.2", "1.5", "1"),
+        ("pFedLoRA-rank64", "32,640", "1.5", "-", "0.5"),
+    ]
+    record = made.records[-1]
+    assert (record["target"], record["numel"], record["rounds_ratio"]) == (30, 32640, 0.5)
+
+
+def test_rows_with_other_adapters_are_no_baselines_and_the_first_row_is_pfedlora():
+    cells, by = shown(
+        result("fd", 1, [70.0, 69.0], [(70, 70, 70)]),
+        result(TABLE_NAME, 1, [71.0], [(71, 71, 71)]),
+        result(TABLE_NAME + "-rank64", 1, [75.0], [(80, 75, 70)]),
+    )
+    made = costs.accuracy_sheet("Title", "", [], cells, 1)
+    assert made.notes[0].endswith("here +1.00 (FD); pFedLoRA-rank64: +5.00")
+    assert made.notes[-1] == "pfedlora: the row pFedLoRA"
+    assert [row[-1] for row in made.rows[1:]] == ["+1.00", "", "-4.00"]
+    assert costs.client_gains(cells, by)[1].tolist() == pytest.approx([1, 1, 1])
+    # without the default adapter, its first row is compared
+    del by[TABLE_NAME]
+    gains = costs.client_gains([cell for cell in cells if cell.entry.key in by], by)
+    assert gains[1].tolist() == pytest.approx([10, 5, 0])
 
 
 def test_the_gain_of_each_client_is_over_the_best_baseline():
@@ -390,7 +508,7 @@ def test_from_runs_to_tables_and_pictures_and_nothing_is_run_twice(carried, tmp_
     )
     home = tmp_path / TABLE_NAME
     for case, _ in grid:
-        tables = [f"{case.name}{end}" for end in ("", "-target", "-gains")]
+        tables = [f"{case.name}{end}" for end in ("", "-target", "-claims", "-gains")]
         pictures = [f"{case.name}{end}" for end in ("-rounds", "-bytes", "-flops", "-gains")]
         assert all(
             (home / f"{name}{suffix}").is_file()
@@ -405,6 +523,9 @@ def test_from_runs_to_tables_and_pictures_and_nothing_is_run_twice(carried, tmp_
         and float(rows[1]["flops_ratio"]) == 1
     )
     assert (home / "overview.csv").is_file()
+    claims = list(csv.DictReader((home / "cifar10-clients10-claims.csv").open()))
+    # rank 8 beside a head of 5 features and 4 classes
+    assert (claims[-1]["entry"], float(claims[-1]["numel"])) == (TABLE_NAME, 8 * (5 + 4))
 
     assert reproduce_grid(replace(asked, target=(0.0, 99.9)), grid) == 0
     out, err = capsys.readouterr()
@@ -432,5 +553,9 @@ def test_at_full_scale_the_papers_target_is_there_as_well():
 def test_collect_prints_the_table_before_anything_is_done(tmp_path, capsys):
     assert main(["reproduce", TABLE_NAME, "--collect", "-o", str(tmp_path)]) == 0
     assert "NOT the paper's experiment: train 400 (paper all)" in capsys.readouterr().out
+    few = ["--samples", "50", "--classes", "4", "--scale", "full", "--clients", "10"]
+    assert main(["reproduce", TABLE_NAME, *few, "--collect", "-o", str(tmp_path)]) == 0
+    sizes = "train 50 (paper all), batch_size 10 (paper 512), classes per client 4 (paper 2)"
+    assert f"NOT the paper's experiment: {sizes}" in " ".join(capsys.readouterr().out.split())
     assert {path.suffix for path in (tmp_path / TABLE_NAME).iterdir()} == {".txt", ".md", ".csv"}
     assert TABLE_NAME in ALL

@@ -4,6 +4,7 @@ The help of a table shows only the options that apply to it.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,7 @@ def _add_table(parser: argparse.ArgumentParser, table: str) -> None:
         ("pfedlora",),
         action="store_true",
     )
+    _add_pfedlora_cells(add_option)
     add_option(
         "--width",
         "of the network (default both)",
@@ -135,6 +137,22 @@ def _add_table(parser: argparse.ArgumentParser, table: str) -> None:
         "--print-jobs", "run nothing; a line per run, and a Slurm array", action="store_true"
     )
     add_option("--collect", "run nothing; the table of what is done", action="store_true")
+
+
+def _add_pfedlora_cells(add_option: Callable[..., None]) -> None:
+    """Add the options of ``pfedlora`` that change a cell or pFedLoRA's rows of it."""
+    table = ("pfedlora",)
+    classes_help = "of each client (default 2; cifar100: 10)"
+    add_option("--classes", classes_help, table, **ONE_OR_MORE, type=int, metavar="K")
+    samples_help = (
+        "training samples of a client at most (default: the scale's); batches of a fifth of them"
+    )
+    add_option("--samples", samples_help, table, **ONE_OR_MORE, type=int, metavar="N")
+    places = ("matrix", "conv", "side", "alone")
+    adapter_help = f"a row of pFedLoRA for each, of {', '.join(places)} (default matrix)"
+    add_option("--adapter", adapter_help, table, **ONE_OR_MORE, choices=places, metavar="PLACE")
+    rank_help = "a row of pFedLoRA for each (default 8)"
+    add_option("--adapter-rank", rank_help, table, **ONE_OR_MORE, type=int, metavar="R")
 
 
 def execute(args: argparse.Namespace, comm: "Comm") -> int:

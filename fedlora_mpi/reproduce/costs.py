@@ -3,12 +3,12 @@ and which method is ahead.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .paper import PFEDLORA
-from .pfedlora_table import TABLE_NAME
+from .pfedlora_table import TABLE_NAME, AdapterCost, implied_by_claims, is_pfedlora
 from .results import Result
 from .sheet import (
     METRIC_NOTE,
@@ -24,7 +24,18 @@ from .sheet import (
 # a method more than this many percentage points below the best does not lower the common target
 MAX_GAP = 10.0
 UNITS = {"rounds": (1.0, "rounds"), "bytes": (1e6, "MB"), "flops": (1e12, "TFLOP")}
+FLOAT32_BYTES = 4
+# FLOPs of a round of pFedLoRA / of FedProto for which the claims' consequences are printed; see
+# ``implied_by_claims``
+LIKELY_FLOPS_RATIOS = (1.0, 4 / 3)
 _NO_TABLES_NOTE = "the paper's tables could not be had, only its claims"
+_CLAIMS_NOTES = (
+    f"the paper's claims: what {PFEDLORA['flops']} times fewer FLOPs and {PFEDLORA['bytes']} times "
+    "fewer bytes imply if both are against FedProto in one experiment; from an adapter whose "
+    "training costs nothing to one that trains for as many epochs as the network",
+    "numbers of the adapter: what a client sends up in a round, with any network; the "
+    "paper's, from what FedProto sends in the paper's split",
+)
 ResultsByMethod = Mapping[str, Sequence[Result]]  # key of the entry -> finished seeds
 
 
@@ -97,18 +108,23 @@ def common_target(results: ResultsByMethod) -> tuple[float, list[str]]:
 
 def best_baseline(cells: Sequence[Cell]) -> Cell | None:
     """The most accurate method other than pFedLoRA. None without finished runs."""
-    baselines = [cell for cell in cells if cell.num_seeds and cell.entry.key != TABLE_NAME]
+    baselines = [cell for cell in cells if cell.num_seeds and not is_pfedlora(cell.entry)]
     return max(baselines, key=lambda cell: cell.best.mean, default=None)
+
+
+def own_cell(cells: Sequence[Cell]) -> Cell | None:
+    """The first row of pFedLoRA, with which the others are compared. None without finished runs."""
+    return next((cell for cell in _pfedlora_cells(cells)[:1] if cell.num_seeds), None)
 
 
 def accuracy_sheet(
     title: str, caution: str, notes: Sequence[str], cells: Sequence[Cell], seeds: int
 ) -> Sheet:
     """A row for each method: best and last accuracy, and how far pFedLoRA is ahead."""
-    ours, rival = _own_cell(cells), best_baseline(cells)
+    ours, rival = own_cell(cells), best_baseline(cells)
 
-    def lead_over(cell):
-        return ours.best.mean - cell.best.mean if ours and cell else np.nan
+    def lead_over(cell, own=ours):
+        return own.best.mean - cell.best.mean if own and cell else np.nan
 
     rows = [("", "seeds", "best", "last", f"{TABLE_NAME} ahead by")]
     for cell in cells:
@@ -127,11 +143,15 @@ def accuracy_sheet(
         f"ahead of the best baseline: the paper {PFEDLORA['accuracy']:+}, here "
         f"{format_difference(lead_over(rival))}{rival_note}"
     )
+    claim += "".join(
+        f"; {cell.entry.label}: {format_difference(lead_over(rival, cell))}"
+        for cell in _pfedlora_cells(cells)[1:]
+    )
     records = [csv_record(cell) | {"ahead": lead_over(cell)} for cell in cells]
     return Sheet(
         title,
         caution,
-        [claim, METRIC_NOTE, spread_note(seeds, _NO_TABLES_NOTE), *notes],
+        [claim, METRIC_NOTE, spread_note(seeds, _NO_TABLES_NOTE), *notes, *_own_row_note(cells)],
         rows,
         records,
     )
@@ -149,10 +169,11 @@ def target_sheet(
     to that of pFedLoRA.
     """
     cost_of = {cell.entry.key: mean_cost_until(results[cell.entry.key], percent) for cell in cells}
-    unknown = Cost(np.nan, np.nan, np.nan)
+    ours = own_cell(cells)
+    own_cost = cost_of[ours.entry.key] if ours else Cost(np.nan, np.nan, np.nan)
 
     def ratio(key):
-        return _cost_ratios(cost_of[key], cost_of.get(TABLE_NAME, unknown))
+        return _cost_ratios(cost_of[key], own_cost)
 
     rows = [
         ("", *(unit for _, unit in UNITS.values()), *(f"{name} / {TABLE_NAME}" for name in UNITS))
@@ -184,9 +205,67 @@ def target_sheet(
     claim += (
         f"{PFEDLORA['bytes']} times less (it names FedProto); here {', '.join(measured) or '-'}"
     )
-    target_text = "no run yet" if np.isnan(percent) else f"{percent:g} %"
     return Sheet(
-        f"{title}; cost of {target_text}", caution, [claim, explanation, *notes], rows, records
+        f"{title}; cost of {_format_target(percent)}",
+        caution,
+        [claim, explanation, *notes, *_own_row_note(cells)],
+        rows,
+        records,
+    )
+
+
+def claims_sheet(
+    title: str,
+    caution: str,
+    data: str,
+    cells: Sequence[Cell],
+    results: ResultsByMethod,
+    targets: Sequence[float],
+) -> Sheet:
+    """What the paper's claims about costs imply, and a row for each adapter of ours.
+
+    ``targets``: accuracies in per cent, each with a column for its ratio of rounds.
+    """
+    low, high = (implied_by_claims(data, ratio) for ratio in LIKELY_FLOPS_RATIOS)
+    implied = [
+        f"{_format_number(a)} to {_format_number(b)}" for a, b in zip(low, high, strict=True)
+    ]
+    ratio_names = [f"rounds of FedProto / its, {_format_target(target)}" for target in targets]
+    rows = [("", "numbers of the adapter", "FLOPs a round / FedProto", *ratio_names)]
+    rows.append(("the paper's claims", *implied[:2], *[implied[2]] * len(targets)))
+    records: list[dict[str, Any]] = [
+        {"entry": f"claims_{name}", "target": np.nan} | cost._asdict()
+        for name, cost in (("low", low), ("high", high))
+    ]
+    for cell in _pfedlora_cells(cells):
+        seeds, rivals = results[cell.entry.key], results.get("fedproto", ())
+        costs = [adapter_cost(seeds, rivals, target) for target in targets]
+        ratios = [_format_number(cost.rounds_ratio) for cost in costs]
+        rows.append((cell.entry.label, *map(_format_number, costs[0][:2]), *ratios))
+        records += [
+            {"entry": cell.entry.key, "target": target} | cost._asdict()
+            for target, cost in zip(targets, costs, strict=True)
+        ]
+    return Sheet(f"{title}; the claims about costs", caution, [*_CLAIMS_NOTES], rows, records)
+
+
+def adapter_cost(
+    seeds: Sequence[Result], fedproto_seeds: Sequence[Result], target: float
+) -> AdapterCost:
+    """What our runs have of what the claims depend on. ``target`` is in per cent.
+
+    The adapter has one shape beside all networks of a run.
+    """
+    numels = [r.rounds["bytes_up"].sum() / r.rounds["clients"].sum() / FLOAT32_BYTES for r in seeds]
+    flops, fedproto_flops = (
+        np.mean([r.rounds["flops"] for r in runs]) if runs else np.nan
+        for runs in (seeds, fedproto_seeds)
+    )
+    own_cost, fedproto_cost = (mean_cost_until(runs, target) for runs in (seeds, fedproto_seeds))
+    return AdapterCost(
+        float(np.mean(numels)) if numels else np.nan,
+        float(flops / fedproto_flops),
+        fedproto_cost.rounds / own_cost.rounds,
     )
 
 
@@ -210,7 +289,11 @@ def client_gains_sheet(
     explanation += f", {rival.entry.label}" if rival else ""
     explanation += ", each method in its best round, percentage points; the paper's Figure 5"
     return Sheet(
-        title, caution, [explanation, *notes], rows, records or [{"seed": None, "client": None}]
+        title,
+        caution,
+        [explanation, *notes, *_own_row_note(cells)],
+        rows,
+        records or [{"seed": None, "client": None}],
     )
 
 
@@ -219,12 +302,12 @@ def client_gains(cells: Sequence[Cell], results: ResultsByMethod) -> dict[int, n
 
     Only seeds that both methods have finished are included.
     """
-    rival = best_baseline(cells)
-    if rival is None:
+    ours, rival = own_cell(cells), best_baseline(cells)
+    if ours is None or rival is None:
         return {}
-    accuracy_of = accuracy_by_client(results, (TABLE_NAME, rival.entry.key))
+    accuracy_of = accuracy_by_client(results, (ours.entry.key, rival.entry.key))
     return {
-        seed: columns[TABLE_NAME] - columns[rival.entry.key]
+        seed: columns[ours.entry.key] - columns[rival.entry.key]
         for seed, columns in accuracy_of.items()
     }
 
@@ -252,12 +335,22 @@ def overview_sheet(
     )
 
 
-def _own_cell(cells: Sequence[Cell]) -> Cell | None:
-    return next((cell for cell in cells if cell.entry.key == TABLE_NAME and cell.num_seeds), None)
+def _pfedlora_cells(cells: Sequence[Cell]) -> list[Cell]:
+    return [cell for cell in cells if is_pfedlora(cell.entry)]
+
+
+def _own_row_note(cells: Sequence[Cell]) -> list[str]:
+    """Which row ``pfedlora`` means, if there are several."""
+    rows = _pfedlora_cells(cells)
+    return [f"{TABLE_NAME}: the row {rows[0].entry.label}"] if len(rows) > 1 else []
 
 
 def _cost_ratios(cost: Cost, own_cost: Cost) -> Cost:
     return Cost(*(a / b if b else np.nan for a, b in zip(cost, own_cost, strict=True)))
+
+
+def _format_target(percent: float) -> str:
+    return "no run yet" if np.isnan(percent) else f"{percent:g} %"
 
 
 def _format_number(value: float) -> str:

@@ -60,6 +60,11 @@ class Case(ABC):
         """The sizes at one of ``SCALES``."""
 
     @property
+    def paper_sizes(self) -> Scale:
+        """The sizes with which the sizes of a scale are compared."""
+        return self.scale_sizes("full")
+
+    @property
     def data_difference(self) -> str:
         """How its data differ from the paper's; "" if they do not."""
         return ""

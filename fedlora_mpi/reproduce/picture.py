@@ -9,7 +9,6 @@ import numpy as np
 
 from ..store.files import replace_file
 from . import costs
-from .pfedlora_table import TABLE_NAME
 from .results import Result
 from .sheet import Cell, accuracy_by_client, mean_drift
 
@@ -136,8 +135,9 @@ def accuracy_by_cost(
     figure, axes = _new_axes(title)
     colors = iter(OTHER_COLORS * len(cells))
     styles = {}
+    ours = costs.own_cell(cells)
     for cell in cells:
-        is_ours = cell.entry.key == TABLE_NAME
+        is_ours = cell is ours
         color = ORANGE if is_ours else next(colors)
         styles[color] = style = "-" if color not in styles else "--"
         if not (seeds := results[cell.entry.key]):

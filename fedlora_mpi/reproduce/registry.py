@@ -17,8 +17,8 @@ TABLES = fedlora.TABLES | agnews.TABLES | pfedlora.TABLES | fedhl.TABLES | shift
 def table_entries(name: str, case: Case, scale: Scale, methods: Sequence[str] = ()) -> list[Entry]:
     """The cells of a table, or only those that ``methods`` names, in the table's order.
 
-    If the table allows other methods, ``methods`` may also name any algorithm. Raises ValueError
-    for an unknown name.
+    If the table allows other methods, ``methods`` may also name any algorithm, which means all of
+    its cells. Raises ValueError for an unknown name.
     """
     table = TABLES[name]
     entry_of = {entry.key: entry for entry in table.entries(case, scale)}
@@ -28,7 +28,13 @@ def table_entries(name: str, case: Case, scale: Scale, methods: Sequence[str] = 
             allowed = f"{name} has {', '.join(dict.fromkeys(known))}"
             raise ValueError(f"--methods = {method}: {allowed}{suggest(method, known)}")
     participation = next(iter(entry_of.values())).participation
+    names_of = {  # what names a cell
+        key: {key, entry.algorithm["name"]} if table.allows_other_methods else {key}
+        for key, entry in entry_of.items()
+    }
     extra = [
-        Entry(m, m, {"name": m}, participation=participation) for m in methods if m not in entry_of
+        Entry(m, m, {"name": m}, participation=participation)
+        for m in methods
+        if not any(m in names for names in names_of.values())
     ]
-    return [entry for entry in entry_of.values() if not methods or entry.key in methods] + extra
+    return [e for k, e in entry_of.items() if not methods or names_of[k] & set(methods)] + extra

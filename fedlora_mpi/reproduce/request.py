@@ -21,10 +21,11 @@ class Request:
     data: cifar10; for ``table6`` ag_news; for ``fedhl`` and ``fedhl_shift`` both. alpha: 0.1; for
     ``table6`` 1.0; for ``fedhl`` 0.5; for ``fedhl_shift`` 0.5 and inf; not for ``pfedlora``.
     text_train: a file in AG_NEWS, for tables that may read it. width and participation: only for
-    ``fedhl``; lora_ranks: only for ``fedhl_shift``; default all. clients, homogeneous and
-    target (per cent): only for ``pfedlora``; clients by default 10, 50, 100 at full scale and 10 at
-    small scale; target by default the highest accuracy that all methods reach. methods: all of the
-    table. rounds: those of the scale. jobs: one per GPU, or as many as the CPU cores allow.
+    ``fedhl``; lora_ranks: only for ``fedhl_shift``; default all. clients, homogeneous, classes,
+    samples, adapter, adapter_rank and target (per cent): only for ``pfedlora``; clients by default
+    10, 50, 100 at full scale and 10 at small scale; target by default the highest accuracy that all
+    methods reach; for the others see ``ClientCounts``. methods: all of the table. rounds: those of
+    the scale. jobs: one per GPU, or as many as the CPU cores allow.
     """
 
     table: str
@@ -33,6 +34,10 @@ class Request:
     clients: Sequence[int] = ()
     text_train: str = ""
     homogeneous: bool = False
+    classes: Sequence[int] = ()
+    samples: Sequence[int] = ()
+    adapter: Sequence[str] = ()
+    adapter_rank: Sequence[int] = ()
     width: Sequence[str] = ()
     participation: Sequence[float] = ()
     lora_ranks: Sequence[str] = ()
@@ -61,6 +66,10 @@ class Request:
             disallowed = {
                 "clients": self.clients,
                 "homogeneous": self.homogeneous,
+                "classes": self.classes,
+                "samples": self.samples,
+                "adapter": self.adapter,
+                "adapter-rank": self.adapter_rank,
                 "target": self.target,
             }
         if self.table not in (agnews.TABLE_NAME, fedhl.TABLE_NAME, shift.TABLE_NAME):
@@ -109,9 +118,13 @@ class Request:
         datasets = self.data or ("cifar10",)
         if self.table == TABLE_NAME:
             clients = self.clients or (tuple(PARTICIPATION) if self.is_full_scale else (10,))
+            combinations = product(
+                datasets, clients, self.classes or (None,), self.samples or (None,)
+            )
+            adapters = tuple(self.adapter), tuple(self.adapter_rank)
             return [
-                ClientCounts(data, number, self.homogeneous)
-                for data, number in product(datasets, clients)
+                ClientCounts(data, number, self.homogeneous, classes, samples, *adapters)
+                for data, number, classes, samples in combinations
             ]
         if agnews.DATA in datasets:
             raise ValueError(

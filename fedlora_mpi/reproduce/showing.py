@@ -84,10 +84,13 @@ def _make_sheets(
         return {"": sheet.client_sheet(title, caution, notes, results)}
     if request.table == TABLE_NAME:
         sheets = {"": costs.accuracy_sheet(title, caution, notes, cells, seeds)}
-        for suffix, (percent, target_notes) in _choose_targets(request, case, results).items():
+        targets = _choose_targets(request, case, results)
+        for suffix, (percent, target_notes) in targets.items():
             sheets[suffix] = costs.target_sheet(
                 title, caution, target_notes, cells, results, percent
             )
+        percents = [percent for percent, _ in targets.values()]
+        sheets["-claims"] = costs.claims_sheet(title, caution, case.data, cells, results, percents)
         return sheets | {
             "-gains": costs.client_gains_sheet(f"{title}; each client", caution, [], cells, results)
         }
@@ -150,7 +153,7 @@ def _difference_note(request: Request, case: Case) -> str:
     sizes = (
         case.scale_sizes(request.scale)
         ._replace(rounds=request.rounds_for(case))
-        .describe_cut(case.scale_sizes("full"), case.full_scale_source)
+        .describe_cut(case.paper_sizes, case.full_scale_source)
     )
     differences = ", ".join(filter(None, (sizes, case.data_difference)))
     return (
