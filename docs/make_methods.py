@@ -90,6 +90,7 @@ SAID = {
     "fedprox": Said("everything"),
     "fedlc": Said("everything"),
     "fedga": Said("everything"),
+    "fedbc": Said("everything", "its multiplier lam_i", Bytes("4 * (P + F + 1)", ALL, "4")),
     "scaffold": Said("everything, and the control variate c", "control variate c_i",
                      Bytes("4 * (2 * P + F)", "4 * (2 * P + F)", "4 * P")),
     "ditto": Said("everything", "a second model v_i", Bytes(ALL, ALL, ALL)),
