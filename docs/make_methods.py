@@ -91,6 +91,7 @@ SAID = {
     "fedlc": Said("everything"),
     "fedga": Said("everything"),
     "fedbc": Said("everything", "its multiplier lam_i", Bytes("4 * (P + F + 1)", ALL, "4")),
+    "bound_weight_like": Said("everything", "the last gap of its bounds", Bytes("4 * (P + F + 1)", ALL, "4")),
     "scaffold": Said("everything, and the control variate c", "control variate c_i",
                      Bytes("4 * (2 * P + F)", "4 * (2 * P + F)", "4 * P")),
     "ditto": Said("everything", "a second model v_i", Bytes(ALL, ALL, ALL)),

@@ -1,11 +1,12 @@
-"""FedBC: each client brings its own weight in the mean."""
+"""FedBC and weights by a generalisation bound: each client brings its own weight in the mean."""
 
 import pytest
 import small
 import torch
 from tiers import STACK_FIRST
 
-from fedlora_mpi.algorithm import Variables
+from fedlora_mpi.algorithm import Batch, Variables
+from fedlora_mpi.algorithms.bound_weight_like import BoundWeightLike, shift_bounds
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.algorithms.fedbc import FedBC
 from fedlora_mpi.algorithms.fedprox import FedProx
@@ -13,7 +14,7 @@ from fedlora_mpi.core.tree import sq_dist
 from fedlora_mpi.engine.train import ClientResult
 from fedlora_mpi.federation.round import run_round
 
-LAM, GAMMA = ".lam.", ".gamma."
+LAM, GAMMA, GAP = ".lam.", ".gamma.", ".gap."
 LAMS = (0.5, 0.02, 0.0, 3.0, 0.1)
 
 
@@ -168,3 +169,121 @@ def test_fedbc_refuses_negative_settings():
     for key in ("lam", "gamma", "alpha"):
         with pytest.raises(ValueError, match=f"{key} = -1: must be a number of at least 0"):
             FedBC(**{key: -1})
+
+
+# Weights by a generalisation bound
+
+
+def double(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def gap_of(m, v, rho):
+    lower, upper = shift_bounds(m, v, rho)
+    return upper - lower
+
+
+def test_of_two_values_the_bounds_are_the_largest_rotation_of_their_probabilities():
+    """With P(X = 1) = sin^2 t the square roots of the probabilities are a point on a circle, and a
+    shift by a Hellinger distance rho turns it by the angle of cosine 1 - rho^2.
+    """
+    t, rho = double(0.3, 0.8, 1.3), 0.4
+    m = t.sin() ** 2
+    turn = torch.acos(double(1 - rho**2))
+    lower, upper = shift_bounds(m, m * (1 - m), rho)
+    half_circle = torch.pi / 2
+    assert torch.allclose(upper, (t + turn).clamp(max=half_circle).sin() ** 2, rtol=1e-12)
+    assert torch.allclose(lower, (t - turn).clamp(min=0).sin() ** 2, rtol=1e-12, atol=1e-15)
+
+
+def test_no_shift_within_the_distance_leaves_the_bounds():
+    x, p = torch.rand(6, 4, dtype=torch.float64), torch.rand(6, 4, dtype=torch.float64)
+    p = p / p.sum(1, keepdim=True)
+    q = torch.rand(2000, 6, 4, dtype=torch.float64) ** 4
+    q = q / q.sum(2, keepdim=True)
+    m = (p * x).sum(1)
+    v = (p * x**2).sum(1) - m**2
+    for rho in (0.1, 0.3, 0.6):
+        lower, upper = shift_bounds(m, v, rho)
+        # on the way from p to q, as far as the distance allows
+        share = torch.linspace(0, 1, 50, dtype=torch.float64)[:, None, None, None]
+        mixed = (1 - share) * p + share * q[:100]
+        near = 1 - (mixed * p).sqrt().sum(3) <= rho**2
+        means = (mixed * x).sum(3)
+        assert near.any() and not near.all()
+        assert ((lower - 1e-12 <= means) & (means <= upper + 1e-12))[near].all()
+
+
+def test_bounds_are_around_the_mean_and_widen_with_the_distance():
+    m, v = double(0.0, 0.2, 0.5, 1.0, 0.7), double(0.0, 0.16, 0.01, 0.0, 0.0)
+    previous = gap_of(m, v, 0.0)
+    assert not previous.any()
+    for rho in (0.05, 0.2, 0.5, 0.9, 1.0):
+        lower, upper = shift_bounds(m, v, rho)
+        assert ((lower >= 0) & (lower <= m) & (m <= upper) & (upper <= 1)).all()
+        assert (upper - lower >= previous).all() and torch.isfinite(upper - lower).all()
+        previous = upper - lower
+    assert torch.allclose(previous, double(1, 1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("score", ["jensen_shannon", "error"])
+def test_moments_are_those_of_the_squared_losses_of_all_samples_in_any_order(score):
+    method, counts = BoundWeightLike(score=score), torch.tensor([3.0, 0.0, 2.0, 1.0])
+    z, y = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 0, 0, 2, 2, 3])
+    label = torch.nn.functional.one_hot(y, 4).double()
+    q = z.softmax(1)
+    middle = (q + label) / 2
+
+    def divergence(a):
+        return torch.where(a > 0, a * (a / middle).log2(), 0).sum(1)
+
+    losses = (divergence(q) + divergence(label)) / 2
+    if score == "error":
+        losses = (q.argmax(1) != y).double()
+    X = losses**2
+    expected = torch.stack([X.mean(), X.var(correction=0)])
+    for order in (range(6), (5, 2, 4, 0, 3, 1)):
+        data = Batch(z[[*order]], y[[*order]], None, torch.tensor(0), counts)
+        m, v = method.moments(lambda x: x, data)
+        assert torch.allclose(torch.stack([m, v]), expected, rtol=1e-10)
+
+
+def test_a_weight_is_the_gap_of_the_bounds_or_its_inverse():
+    rows = [Variables({}, {GAP: torch.tensor(gap)}) for gap in (0.4, 0.1, 0.0)]
+    direct, inverse = (
+        [float(BoundWeightLike(direction=direction).own_weight(v)) for v in rows]
+        for direction in ("proportional", "inverse")
+    )
+    assert direct == pytest.approx([0.4, 0.1, 0.0])
+    assert [w / inverse[0] for w in inverse] == pytest.approx([1, 4, 4e5])
+
+
+@STACK_FIRST
+@pytest.mark.parametrize("direction", ["proportional", "inverse"])
+def test_the_mean_has_the_weights_of_the_gaps_after_training(stacked, direction):
+    algorithm = BoundWeightLike(direction=direction)
+    federation, state = small.make_experiment(algorithm, "bn_net", stacked=stacked)
+    ends = trained_variables(federation, state)
+    gaps = [float(end.personal[GAP]) for end in ends]
+    assert min(gaps) > 0 and len(set(gaps)) == len(gaps)
+    weights = gaps if direction == "proportional" else [1 / gap for gap in gaps]
+    state = small.run_rounds(federation, state, 1)
+    small.assert_near(state.shared, weighted_mean([end.shared for end in ends], weights))
+
+
+@pytest.mark.parametrize(
+    "algorithm, how",
+    [
+        (BoundWeightLike(), {"sizes": (7, 7, 7), "same_sample": True}),
+        (BoundWeightLike(rho=0.0), {}),
+        (BoundWeightLike(rho=0.0, direction="inverse"), {}),
+        (BoundWeightLike(rho=1.0), {}),
+    ],
+    ids=["identical clients", "no shift", "no shift inverse", "any shift"],
+)
+def test_equal_bounds_give_the_uniform_mean(algorithm, how):
+    bound, fedavg = (
+        small.final_state(a, "bn_net", 1, **how).shared
+        for a in (algorithm, FedAvg(weights="uniform"))
+    )
+    small.assert_near(bound, fedavg)
