@@ -88,6 +88,10 @@ SAID = {
     "pfedgate": Said("everything", "the gate, its statistics, its multipliers M",
                      Bytes(ALL, ALL, "4 * (G * (x + 5) + 3 * c + 6)")),
     "fedprox": Said("everything"),
+    "fedlc": Said("everything"),
+    "fedga": Said("everything"),
+    "fedbc": Said("everything", "its multiplier lam_i", Bytes("4 * (P + F + 1)", ALL, "4")),
+    "bound_weight_like": Said("everything", "the last gap of its bounds", Bytes("4 * (P + F + 1)", ALL, "4")),
     "scaffold": Said("everything, and the control variate c", "control variate c_i",
                      Bytes("4 * (2 * P + F)", "4 * (2 * P + F)", "4 * P")),
     "ditto": Said("everything", "a second model v_i", Bytes(ALL, ALL, ALL)),
@@ -260,7 +264,8 @@ def text_of(name: str) -> Text:
         short = "; ".join(f"[{who}]({url})" for who, _, _, url in cited) or "–"
         body = re.split(r"https://\S*[,.;]\s", body)[-1]
     opening, *equations = body.strip().split("\n\n")
-    opening = fill(opening[0].upper() + " ".join(opening[1:].split()), 100)
+    opening = " ".join(opening.split())
+    opening = fill(opening[0].upper() + opening[1:], 100)
     body = "\n\n".join([opening, *equations])
     return Text(
         sentence, paper, short, body, _markdown(batchnorm), _markdown(deviations or "none.")

@@ -173,6 +173,60 @@ def fedprox(f: Federation, mu: float) -> Rounds:
         yield leaves_of(w), [{} for _ in f.clients]
 
 
+def fedlc(f: Federation, tau: float) -> Rounds:
+    """Zhang et al. with all classes in the sum: cross-entropy of z - tau n_c^(-1/4)."""
+    w = f.network
+    for t, cohort in enumerate(f.cohorts):
+        trained = []
+        for i in cohort:
+            w_i, shift = deepcopy(w), tau * f.class_counts(i).double() ** -0.25
+            sgd = f.sgd(w_i.parameters())
+            for x, y in f.epoch_batches(i, t):
+                step(sgd, F.cross_entropy(w_i(x) - shift, y))  # -inf for a class without samples
+            trained.append(w_i)
+        w = average_models(trained, f.weights(cohort))
+        yield leaves_of(w), [{} for _ in f.clients]
+
+
+def fedga(f: Federation) -> Rounds:
+    """The authors' code: soft labels t_k = q_k (n_y - n_k) / n_y with n of the batch, t_y = 1."""
+    w = f.network
+    for t, cohort in enumerate(f.cohorts):
+        trained = []
+        for i in cohort:
+            w_i = deepcopy(w)
+            sgd = f.sgd(w_i.parameters())
+            for x, y in f.epoch_batches(i, t):
+                z, labels = w_i(x), F.one_hot(y, w.head.out_features).double()
+                n = labels.sum(0)
+                targets = z.detach().softmax(1) * (n[y][:, None] - n) / n[y][:, None] + labels
+                step(sgd, F.cross_entropy(z, targets))
+            trained.append(w_i)
+        w = average_models(trained)
+        yield leaves_of(w), [{} for _ in f.clients]
+
+
+def fedbc(f: Federation, lam: float, gamma: float, alpha: float) -> Rounds:
+    """Bedi et al. with learned radii: f_i(w_i) + lam_i (||w_i - w||^2 - gamma_i), dual ascent."""
+    w = f.network
+    lams, gammas = [lam] * len(f.clients), [gamma] * len(f.clients)
+    for t, cohort in enumerate(f.cohorts):
+        trained = []
+        for i in cohort:
+            w_i = deepcopy(w)
+            sgd = f.sgd(w_i.parameters())
+            for x, y in f.epoch_batches(i, t):
+                violation = squared_distance(w_i, w) - gammas[i]
+                step(sgd, F.cross_entropy(w_i(x), y) + lams[i] * violation)
+            violation = squared_distance(w_i, w).item() - gammas[i]
+            gammas[i] += alpha * lams[i]
+            lams[i] = max(0.0, lams[i] + alpha * violation)
+            trained.append(w_i)
+        w = average_models(trained, [lams[i] / sum(lams[j] for j in cohort) for i in cohort])
+        rows = torch.tensor([lams, gammas], dtype=torch.float64).T
+        yield leaves_of(w), [{".lam.": row[0], ".gamma.": row[1]} for row in rows]
+
+
 def scaffold(f: Federation, server_lr: float) -> Rounds:
     """Karimireddy et al., Algorithm 1 with option II: y_i <- y_i - lr (g_i(y_i) - c_i + c)."""
     x = f.network

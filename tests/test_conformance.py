@@ -94,6 +94,8 @@ ALTERNATIVES = {
     "fedamp.decay_every": ((), "1"),
     "fedamp.alpha_min": (("algorithm.decay_every=1", "algorithm.decay=1.0e-6"), "1.0"),
     "fedamp.self_weight": (("algorithm.heuristic=true",), "0.5"),
+    "fedbc.gamma": ((), "0.01"),
+    "fedbc.lam": ((), "0.1"),
     "fedcac.beta": ((), "1"),
     "fedper.personal": ((), "[head, norm.*]"),
     "fedproto.among": (("algorithm.inference=prototypes",), None),
@@ -138,7 +140,9 @@ def test_the_file_says_what_it_computes(name):
 # The sources' formulas: sum_k (n_k / n) in all files but those that write (1/N) sum_k, or a sum;
 # absent clients do not count, and accuracy is that of the next round's start, where the file says
 # nothing else.
-COUNT_ALIKE = "ditto fd fedapen fedavg_lora fedbn fedkd fedlora fedproto fml pfedsd scaffold"
+COUNT_ALIKE = (
+    "ditto fd fedapen fedavg_lora fedbc fedbn fedga fedkd fedlora fedproto fml pfedsd scaffold"
+)
 ABSENT_COUNT = "fedavg_lora fedlora pfedgate"
 JUDGED_TRAINED = "fedamp fedpac pfedgate pfedlora pfedme pfedsd"
 

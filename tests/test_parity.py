@@ -19,9 +19,12 @@ from fedlora_mpi.algorithms.apfl import APFL
 from fedlora_mpi.algorithms.ditto import Ditto
 from fedlora_mpi.algorithms.fedamp import FedAMP
 from fedlora_mpi.algorithms.fedavg import FedAvg
+from fedlora_mpi.algorithms.fedbc import FedBC
 from fedlora_mpi.algorithms.fedbn import FedBN
+from fedlora_mpi.algorithms.fedga import FedGA
 from fedlora_mpi.algorithms.fedhl import FedHL
 from fedlora_mpi.algorithms.fedit import FedIT
+from fedlora_mpi.algorithms.fedlc import FedLC
 from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.fedper import FedPer
 from fedlora_mpi.algorithms.fedproto import FedProto
@@ -102,6 +105,16 @@ AMP = {
 CASES = {
     "fedavg": Case(FedAvg, references.fedavg, {}, MEAN),
     "fedprox": Case(FedProx, references.fedprox, {"mu": 0.6}, MEAN),
+    "fedlc": Case(FedLC, references.fedlc, {"tau": 0.7}, {"denominator": "all", **MEAN}),
+    "fedga": Case(
+        FedGA, references.fedga, {}, {"variant": "code", "weights": "uniform", "absent": "exclude"}
+    ),
+    "fedbc": Case(
+        FedBC,
+        references.fedbc,
+        {"lam": 0.25, "gamma": 0.0625, "alpha": 0.5},
+        {"learn_gamma": True},
+    ),
     "scaffold": Case(Scaffold, references.scaffold, {"server_lr": 0.8}, {}, momenta=(0.0,)),
     "ditto": Case(Ditto, references.ditto, {"lam": 0.7}, MEAN),
     "fedrep": Case(FedRep, references.fedrep, {"head_epochs": 2}, MEAN),

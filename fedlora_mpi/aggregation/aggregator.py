@@ -178,9 +178,11 @@ class Aggregator:
             uploads.gathered[client] = member.upload_layout.pack(upload.message)
         numel = member.upload_layout.size if upload.numel is None else int(upload.numel)
         uploads.numels.append(numel)
+        own_weight = self._drift_weight(vector, 1.0)
+        distance = self._squared_distance(vector, uploads.shared_flat, own_weight)
+        distance = distance / own_weight if own_weight else torch.zeros_like(distance)
         # A diverging client must not overflow the sum; its distance has no meaning anyway.
-        distance = self._squared_distance(vector, uploads.shared_flat).clamp(max=bound)
-        figures = [result.loss.item(), 1.0, distance.item() * weight]
+        figures = [result.loss.item(), 1.0, distance.clamp(max=bound).item() * weight]
         with uploads.message_of(client) as message:
             self._add_vector(message, uploads.contribution(vector, client), weight)
             message.add(torch.tensor(figures, dtype=torch.float64), 1, offset=self.terms.size)
@@ -223,10 +225,11 @@ class Aggregator:
             return received
         totals = uploads.message.total(device=uploads.shared_flat.device)[: self.terms.size]
         if not protection.is_differential:
-            mean = totals / weight
-            received = received._replace(
-                drift=self._drift(uploads.shared_flat, mean, spread / weight)
+            total = self._drift_weight(totals, weight)
+            drift = (
+                self._drift(uploads.shared_flat, totals / total, spread / total) if total else 0.0
             )
+            received = received._replace(drift=drift)
         aggregate = self._mean(uploads, totals, active, weight)
         rows = self.mixing and self.mixing.mix(
             self.comm, self.algorithm, uploads.offers, active, cohort.round
@@ -328,16 +331,27 @@ class Aggregator:
             weight=weight,
         )
 
-    def _squared_distance(self, vector: Tensor, shared_flat: Tensor) -> Tensor:
-        """Squared distance of a term [D] from the shared variables [D] of the round, [] float64.
+    def _squared_distance(
+        self, vector: Tensor, shared_flat: Tensor, own_weight: float = 1.0
+    ) -> Tensor:
+        """Squared distance of a term [D] from ``own_weight`` times the shared variables [D] of the
+        round, [] float64.
 
-        It counts the parameters of the network, or, where none is shared, all common leaves.
+        It counts the parameters of the network, or, where none is shared, all common leaves. The
+        term has these times ``own_weight``, too.
         """
-        gap = vector.double() - shared_flat
+        gap = torch.sub(vector.double(), shared_flat, alpha=own_weight)
         return sum(
             (gap[at] @ gap[at] for at in self.drift_slices),
             torch.zeros((), dtype=torch.float64, device=gap.device),
         )
+
+    def _drift_weight(self, vector: Tensor, default: float) -> float:
+        """The weight of the drift's leaves that is in a vector [D]; ``default`` if they have none
+        of their own.
+        """
+        weight = self.terms.own_weight(vector, self.drift_leaves[0]) if self.drift_leaves else None
+        return default if weight is None else weight
 
     def _drift(self, shared_flat: Tensor, mean: Tensor, spread: float) -> float:
         """Root mean square distance of the cohort's uploads u_i from their mean, with its weights.

@@ -60,6 +60,15 @@ class TermLayout:
         vector = self.flat.pack(_leaves(term))
         return vector if vector.is_floating_point() else vector.float()
 
+    def own_weight(self, vector: Tensor, leaf: str) -> float | None:
+        """The weight w / weight that travels in a vector [D] for a leaf of the mean; None if the
+        leaf has no weight of its own.
+        """
+        if leaf not in self.weights:
+            return None
+        (at,) = self.flat.leaf_slices((_WEIGHT + leaf,))
+        return vector[at].item()
+
     def pack_shared(self, shared: Tree, device: torch.device) -> Tensor:
         """The shared variables in the layout of a term [D], float64; zero for its other leaves."""
         common_leaves = self.flat.common_leaves(shared)

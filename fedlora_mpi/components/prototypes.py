@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..algorithm import Variables
-from ..core.batch import Batch, cross_entropy, mean
+from ..core.batch import Batch, cross_entropy, mean, one_hot
 from ..core.names import method_leaf_name
 from ..core.tree import Tree
 from ..models.network import Model
@@ -66,14 +66,11 @@ def _class_sums(features: Callable[[Tensor], Tensor], data: Batch) -> tuple[Tens
 
     These are the sums of z by class, [classes, m], and of ||z||^2, [].
     """
-    classes = len(data.counts)
     real = torch.ones_like(data.y) if data.real is None else data.real
-    # [n, classes]
-    one_hot = (data.y[:, None] == torch.arange(classes, device=data.y.device)) * real[:, None]
     sums: Tensor | float = 0.0
     energy: Tensor | float = 0.0
     for x, class_mask, is_real in zip(
-        data.x.split(_CHUNK), one_hot.split(_CHUNK), real.split(_CHUNK), strict=True
+        data.x.split(_CHUNK), one_hot(data).split(_CHUNK), real.split(_CHUNK), strict=True
     ):
         z = features(x)
         sums = sums + class_mask.to(z).T @ z

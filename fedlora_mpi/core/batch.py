@@ -37,9 +37,21 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
         )
     if batch.real is None:
         return F.cross_entropy(logits, batch.y)
-    # without this an infinite logit of padding gives a nan gradient
-    logits = torch.where(batch.real[:, None], logits, 0)
-    return mean(F.cross_entropy(logits, batch.y, reduction="none"), batch)
+    return mean(F.cross_entropy(zero_padding(logits, batch), batch.y, reduction="none"), batch)
+
+
+def zero_padding(outputs: Tensor, batch: Batch) -> Tensor:
+    """The outputs [B, k] of the network, with zeros for padding.
+
+    Without this an infinite output of padding gives a nan gradient.
+    """
+    return outputs if batch.real is None else torch.where(batch.real[:, None], outputs, 0)
+
+
+def one_hot(batch: Batch) -> Tensor:
+    """Whether an example has a class, [B, classes] bool; False for padding."""
+    is_own = batch.y[:, None] == torch.arange(len(batch.counts), device=batch.y.device)
+    return is_own if batch.real is None else is_own & batch.real[:, None]
 
 
 def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import Batch, cross_entropy, mean
+from .batch import Batch, cross_entropy, mean, zero_padding
 from .user_code import describe_error, import_object
 
 # classes: a class index of each sample; labels: k values of each, 0 or 1; numbers: k real numbers
@@ -30,9 +30,7 @@ class Loss:
     each: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, outputs: Tensor, batch: Batch) -> Tensor:
-        if batch.real is not None:  # as in ``cross_entropy``
-            outputs = torch.where(batch.real[:, None], outputs, 0)
-        return mean(self.each(outputs, batch.y), batch)
+        return mean(self.each(zero_padding(outputs, batch), batch.y), batch)
 
     def zero_targets(self, samples: int, outputs: int) -> Tensor:
         """Targets without information, for a trial: [samples] or [samples, outputs]."""

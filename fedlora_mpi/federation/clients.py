@@ -90,16 +90,16 @@ class Clients:
 
     def drift_leaves(self) -> tuple[str, ...]:
         """The shared leaves whose drift is measured: parameters of the network, or, where none is
-        shared, all leaves but statistics and factors.
+        shared, all leaves but statistics and factors. All of them have the same weight in the mean.
         """
         role, shared = self.trainer.model.role, self.types[0].initial.shared
         term = self.types[0].untrained_term
         terms = term.mean | term.sum
         names = [n for n in terms if n in shared and terms[n].shape == shared[n].shape]
         parameters = [n for n in names if role(n) not in (None, "stats")]
-        return tuple(
-            parameters or [n for n in names if role(n) != "stats" and not is_factor(n, "ABW")]
-        )
+        leaves = parameters or [n for n in names if role(n) != "stats" and not is_factor(n, "ABW")]
+        weights = [term.weights.get(n) for n in leaves]
+        return tuple(n for n, weight in zip(leaves, weights, strict=True) if weight is weights[0])
 
     def low_rank(self, network: int) -> dict[str, int]:
         """{weight: rank} of the weights of a network that have a low-rank part; the largest rank
