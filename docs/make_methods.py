@@ -113,6 +113,7 @@ SAID = {
     "fedit": Said("factors A and B, head", bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
     "flexlora": Said("the factors of its rank, head; the update W on the server alone",
                      bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
+    "aggregation_broadcast": Said("factors A and B, head", bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
     "fedhl": Said("the factors of its rank, head; the update W on the server alone",
                   bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
     "fedex_lora": Said("factors A and B, head, update W", bytes=Bytes("4 * (H + Q)", "4 * (H + Q + W)", server="4"),

@@ -3,6 +3,7 @@
 # Settings that the tiny experiment needs for a method: its default does not fit three epochs with
 # momentum.
 SETTINGS = {
+    "aggregation_broadcast": ("train.lr=0.02",),  # as fedex_lora
     "fedavg_ft": ("algorithm.ft_epochs=1", "train.lr=0.01"),  # by 0.05 it is right at once
     # the entropy of what is taught counts in the loss, from round 2 on
     "fd": ("algorithm.gamma=0.1",),
