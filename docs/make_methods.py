@@ -90,6 +90,8 @@ SAID = {
     "fedprox": Said("everything"),
     "scaffold": Said("everything, and the control variate c", "control variate c_i",
                      Bytes("4 * (2 * P + F)", "4 * (2 * P + F)", "4 * P")),
+    "fedglomo": Said("everything, and the parameters of the round before",
+                     bytes=Bytes("4 * (2 * P + F)", "4 * (2 * P + F)", server="4 * P"), server="u"),
     "ditto": Said("everything", "a second model v_i", Bytes(ALL, ALL, ALL)),
     "apfl": Said("everything", "a second model v_i, its share alpha_i", Bytes(ALL, ALL, "4 * (P + F + 1)")),
     "pfedme": Said("everything", "theta_i, anew in every round", Bytes(ALL, ALL, "4 * P")),

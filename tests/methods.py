@@ -10,6 +10,7 @@ SETTINGS = {
     "fed_talora": ("train.lr=0.02",),  # as fedex_lora
     "fedapen": ("algorithm.small=user_parts:with_norm",),
     "fedex_lora": ("train.lr=0.02",),  # W and factors that all move: by 0.05 the cnn diverges
+    "fedglomo": ("train.momentum=0", "train.lr=0.1"),
     "fedhl": ("train.lr=0.02",),  # as fedex_lora
     "fedit": ("train.lr=0.02",),  # as fedex_lora
     # its division by D makes it steep

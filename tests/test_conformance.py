@@ -138,7 +138,7 @@ def test_the_file_says_what_it_computes(name):
 # The sources' formulas: sum_k (n_k / n) in all files but those that write (1/N) sum_k, or a sum;
 # absent clients do not count, and accuracy is that of the next round's start, where the file says
 # nothing else.
-COUNT_ALIKE = "aggregation_broadcast ditto fd fedapen fedavg_lora fedbn fedkd fedlora fedproto fml pfedsd scaffold"
+COUNT_ALIKE = "aggregation_broadcast ditto fd fedapen fedavg_lora fedbn fedglomo fedkd fedlora fedproto fml pfedsd scaffold"
 ABSENT_COUNT = "fedavg_lora fedlora pfedgate"
 JUDGED_TRAINED = "fedamp fedpac pfedgate pfedlora pfedme pfedsd"
 
