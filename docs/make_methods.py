@@ -92,6 +92,8 @@ SAID = {
                      Bytes("4 * (2 * P + F)", "4 * (2 * P + F)", "4 * P")),
     "fedglomo": Said("everything, and the parameters of the round before",
                      bytes=Bytes("4 * (2 * P + F)", "4 * (2 * P + F)", server="4 * P"), server="u"),
+    "fedimpro": Said("everything, and the moments of the features of each class",
+                     bytes=Bytes(*2 * ["4 * (P + F + 2 * K * d)"])),
     "ditto": Said("everything", "a second model v_i", Bytes(ALL, ALL, ALL)),
     "apfl": Said("everything", "a second model v_i, its share alpha_i", Bytes(ALL, ALL, "4 * (P + F + 1)")),
     "pfedme": Said("everything", "theta_i, anew in every round", Bytes(ALL, ALL, "4 * P")),

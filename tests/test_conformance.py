@@ -95,6 +95,8 @@ ALTERNATIVES = {
     "fedamp.alpha_min": (("algorithm.decay_every=1", "algorithm.decay=1.0e-6"), "1.0"),
     "fedamp.self_weight": (("algorithm.heuristic=true",), "0.5"),
     "fedcac.beta": ((), "1"),
+    "fedimpro.split": ((), "conv"),
+    "fedimpro.growth_rounds": ((), "4"),
     "fedper.personal": ((), "[head, norm.*]"),
     "fedproto.among": (("algorithm.inference=prototypes",), None),
     "pfedlora.mu_on": (("algorithm.mu=0.2",), None),
@@ -248,6 +250,7 @@ class Renumbered(DirichletClass):
 WHOLE = {
     "fedala": ("algorithm.s=100",),  # weights are learned on all samples
     "fedapen": ("data.partition.alike=true",),  # which samples are held out
+    "fedimpro": ("algorithm.weight=0",),  # features are drawn for each client
     "perfedavg": ("data.partition.alike=true",),  # D and D' are the halves of a batch, whichever
 }
 
