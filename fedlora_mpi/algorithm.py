@@ -78,7 +78,8 @@ class Step(NamedTuple):
     """One SGD step: its loss and the leaves that it trains.
 
     ``trains`` receives the names of shared and personal leaves alike. Leaves of role ``stats`` are
-    never trained: BatchNorm in training mode writes them, whichever leaves train.
+    never trained: BatchNorm in training mode writes them, whichever leaves train. A loss may write
+    likewise to leaves of the method's own that the step does not train, such as running moments.
     """
 
     loss: Loss

@@ -3,12 +3,14 @@
 # Settings that the tiny experiment needs for a method: its default does not fit three epochs with
 # momentum.
 SETTINGS = {
+    "aggregation_broadcast": ("train.lr=0.02",),  # as fedex_lora
     "fedavg_ft": ("algorithm.ft_epochs=1", "train.lr=0.01"),  # by 0.05 it is right at once
     # the entropy of what is taught counts in the loss, from round 2 on
     "fd": ("algorithm.gamma=0.1",),
     "fed_talora": ("train.lr=0.02",),  # as fedex_lora
     "fedapen": ("algorithm.small=user_parts:with_norm",),
     "fedex_lora": ("train.lr=0.02",),  # W and factors that all move: by 0.05 the cnn diverges
+    "fedglomo": ("train.momentum=0", "train.lr=0.1"),
     "fedhl": ("train.lr=0.02",),  # as fedex_lora
     "fedit": ("train.lr=0.02",),  # as fedex_lora
     # its division by D makes it steep

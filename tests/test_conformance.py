@@ -97,6 +97,8 @@ ALTERNATIVES = {
     "fedbc.gamma": ((), "0.01"),
     "fedbc.lam": ((), "0.1"),
     "fedcac.beta": ((), "1"),
+    "fedimpro.split": ((), "conv"),
+    "fedimpro.growth_rounds": ((), "4"),
     "fedper.personal": ((), "[head, norm.*]"),
     "fedproto.among": (("algorithm.inference=prototypes",), None),
     "pfedlora.mu_on": (("algorithm.mu=0.2",), None),
@@ -141,7 +143,8 @@ def test_the_file_says_what_it_computes(name):
 # absent clients do not count, and accuracy is that of the next round's start, where the file says
 # nothing else.
 COUNT_ALIKE = (
-    "ditto fd fedapen fedavg_lora fedbc fedbn fedga fedkd fedlora fedproto fml pfedsd scaffold"
+    "aggregation_broadcast bound_weight_like ditto fd fedapen fedavg_lora fedbc fedbn fedga fedglomo "
+    "fedkd fedlora fedproto fml pfedsd scaffold"
 )
 ABSENT_COUNT = "fedavg_lora fedlora pfedgate"
 JUDGED_TRAINED = "fedamp fedpac pfedgate pfedlora pfedme pfedsd"
@@ -252,6 +255,7 @@ class Renumbered(DirichletClass):
 WHOLE = {
     "fedala": ("algorithm.s=100",),  # weights are learned on all samples
     "fedapen": ("data.partition.alike=true",),  # which samples are held out
+    "fedimpro": ("algorithm.weight=0",),  # features are drawn for each client
     "perfedavg": ("data.partition.alike=true",),  # D and D' are the halves of a batch, whichever
 }
 

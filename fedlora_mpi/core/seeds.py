@@ -41,6 +41,15 @@ def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     return (z & 0xFFFFFF).to(torch.float32).mul(2.0**-24).view(shape)
 
 
+def normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Gaussian numbers of mean 0 and variance 1, float32 of ``shape``, a pure function of ``key``.
+
+    The first rows are the same however many rows there are.
+    """
+    u, v = uniform(key, (math.prod(shape), 2)).unbind(1)
+    return ((-2 * torch.log1p(-u)).sqrt() * torch.cos(2 * math.pi * v)).view(shape)  # Box, Muller
+
+
 @contextmanager
 def isolate_rng(seed: int, *address: int | str) -> Iterator[None]:
     """Inside, the global generators of torch, numpy and Python are seeded from the address.

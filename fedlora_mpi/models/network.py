@@ -12,6 +12,7 @@ the first place. It is ``body`` if any of its places is outside the classifier.
 """
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -102,6 +103,28 @@ class Model:
         """
         head = self.modules[self.training].get_submodule(self.head)
         return self._call(head, self.leaf_names[2], tree, z, self.effects.for_submodule(self.head))
+
+    def replace_output(
+        self, tree: Tree, x: Tensor, place: str, change: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the logits where ``change(h)`` takes the place of h, the output of a module.
+
+        place: the module's name; "": h is what enters the head. ``change`` may return k rows for
+        each of h, one after another; there are then as many rows of logits.
+        """
+        module = self.modules[self.training]
+        if place:
+            hook = module.get_submodule(place).register_forward_hook(
+                lambda part, inputs, output: change(output)
+            )
+        else:
+            hook = module.get_submodule(self.head).register_forward_pre_hook(
+                lambda part, inputs: (change(inputs[0]), *inputs[1:])
+            )
+        try:
+            return self(tree, x)
+        finally:
+            hook.remove()
 
     def _call(
         self, module: nn.Module, leaf_names: dict[str, str], tree: Tree, x: Tensor, effects: Effects

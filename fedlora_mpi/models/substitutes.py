@@ -183,6 +183,7 @@ class Substitutes(TorchFunctionMode):
     ) -> Tensor:
         """Return BatchNorm of x [B, channels, ...] with statistics of its real examples alone.
 
+        x may have k B rows: the k of an example are in a row, and all real or none.
         A batch with one value per channel has no variance. It is normalised to zero and does not
         change ``running_var``; torch would raise an error.
         """
@@ -193,7 +194,7 @@ class Substitutes(TorchFunctionMode):
         real = (
             torch.ones(x.shape[0], dtype=x.dtype, device=x.device)
             if self._real is None
-            else self._real
+            else self._real[:, None].expand(-1, x.shape[0] // len(self._real)).flatten()
         )
         dims = [0, *range(2, x.dim())]
         channel_shape = [1, -1] + [1] * (x.dim() - 2)

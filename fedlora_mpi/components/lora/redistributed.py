@@ -53,7 +53,14 @@ class RedistributedTuning(FineTuning):
 
     def redistribute(self, shared: Tree, svd: Svd) -> Tree:
         """Return ``shared`` with the factors of its W."""
-        W = dense_updates(shared)
-        V = svd({n: (w, len(shared[factor_name(n, "A")])) for n, w in W.items()})
-        A = {factor_name(n, "A"): v for n, v in V.items()}
-        return shared | A | {factor_name(n, "B"): W[n] @ v.T for n, v in V.items()}
+        return shared | best_factors(dense_updates(shared), shared, svd)
+
+
+def best_factors(W: Tree, shared: Tree, svd: Svd) -> Tree:
+    """Return A = V_R' and B = W V_R of dense matrices {weight: W}, without a scale.
+
+    B A is the best approximation of W that has the rank R of the weight's factors in ``shared``.
+    """
+    V = svd({n: (w, len(shared[factor_name(n, "A")])) for n, w in W.items()})
+    A = {factor_name(n, "A"): v for n, v in V.items()}
+    return A | {factor_name(n, "B"): W[n] @ v.T for n, v in V.items()}
