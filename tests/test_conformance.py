@@ -141,7 +141,8 @@ def test_the_file_says_what_it_computes(name):
 # absent clients do not count, and accuracy is that of the next round's start, where the file says
 # nothing else.
 COUNT_ALIKE = (
-    "ditto fd fedapen fedavg_lora fedbc fedbn fedga fedkd fedlora fedproto fml pfedsd scaffold"
+    "bound_weight_like ditto fd fedapen fedavg_lora fedbc fedbn fedga fedkd fedlora fedproto fml "
+    "pfedsd scaffold"
 )
 ABSENT_COUNT = "fedavg_lora fedlora pfedgate"
 JUDGED_TRAINED = "fedamp fedpac pfedgate pfedlora pfedme pfedsd"
