@@ -303,7 +303,9 @@ def targets(algorithm: Algorithm) -> str:
 def mean(algorithm: Algorithm, model: Model) -> str:
     """How clients, present and absent, count in the mean."""
     first = algorithm.init(model, rng(1, "init"))
-    upload = algorithm.transport(0, 1).untrained_upload(first, first.shared)
+    transport = algorithm.transport(0, 1)
+    upload = transport.untrained_upload(first, first.shared)
+    term = transport.untrained_term(first, first.shared)
     mixes = upload.mix is not None
     if not upload.message:
         return "none; a mix is over the clients of the round" if mixes else "none"
@@ -317,10 +319,12 @@ def mean(algorithm: Algorithm, model: Model) -> str:
         "exclude": "absent clients do not count",
         "stale": "absent clients count with the last shared values",
     }
-    found = (
-        f"{weight[algorithm.weights]} ({setting('weights')}); {away[algorithm.absent]} "
-        f"({setting('absent')})"
-    )
+    counted = f"{weight[algorithm.weights]} ({setting('weights')})"
+    if term.weights and term.weights.keys() == term.mean.keys():
+        counted = "clients count by weights of their own"
+    elif term.weights:
+        counted += ", some leaves by weights of their own"
+    found = f"{counted}; {away[algorithm.absent]} ({setting('absent')})"
     found = f"a sum; {found}" if upload.sum else found
     return found + ("; a mix is over the clients of the round" if mixes else "")
 
