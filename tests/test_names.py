@@ -46,7 +46,7 @@ SMALL = (
 )
 SETTINGS = {
     **dict.fromkeys(("fml", "fedkd", "fedapen"), ("algorithm.small=user_parts:wide",)),
-    **dict.fromkeys(("scaffold", "pfedme"), ("train.momentum=0",)),
+    **dict.fromkeys(("scaffold", "pfedme", "fedglomo"), ("train.momentum=0",)),
     "fedrep": ("algorithm.head_epochs=0",),
     **dict.fromkeys(("fedlora", "local_lora", "fedavg_lora"), ("algorithm.order=simultaneous",)),
     "fedala": ("algorithm.start_epochs=1",),
