@@ -17,6 +17,7 @@ import torch
 
 from .. import __version__
 from .. import config as configs
+from ..aggregation.topology import MixingMatrix
 from ..config import Config
 from ..data.datasets import Data
 from ..mpi.comm import Comm
@@ -323,6 +324,7 @@ def create_log(folder: Path, assembly: Assembly) -> None:
     assert assembly.inventory is not None  # ``build`` sets it
     split = assembly.split
     outputs = {"outputs": np.array([assembly.outputs], np.int64)}
+    matrix = assembly.federation.matrix
     Log.create(
         folder / "log.h5",
         config_yaml=configs.checksummed_yaml(assembly.config),
@@ -341,9 +343,16 @@ def create_log(folder: Path, assembly: Assembly) -> None:
             "input_padding": np.array(assembly.token_settings[1:], np.int64),
             # a network has one output for each class, except if the targets are no classes
             **(outputs if assembly.outputs != split.train_counts.shape[1] else {}),
+            **(pack_ragged("neighbours", _neighbour_lists(matrix)) if matrix else {}),
             "digest": split.digest(),
         },
+        spectral_gap=matrix.spectral_gap if matrix else None,
     ).close()
+
+
+def _neighbour_lists(matrix: MixingMatrix) -> list[np.ndarray]:
+    """The neighbours of each client, in ascending order."""
+    return [np.array(sorted(neighbours), np.int64) for neighbours in matrix.neighbours]
 
 
 def _library_versions() -> dict[str, str]:
