@@ -159,7 +159,8 @@ def recorded_inventory(inventory: Inventory) -> Inventory:
     The initial variables, possibly very many, share one digest.
     """
     return {kind: inventory[kind] for kind in RECORDED_KINDS} | {
-        "variables": {"the first variables": f"{hash_items(inventory['variables']):x}"}
+        "variables": {"the first variables": f"{hash_items(inventory['variables']):x}"},
+        **({"topology": inventory["topology"]} if inventory["topology"] else {}),
     }
 
 

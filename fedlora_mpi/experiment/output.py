@@ -175,10 +175,10 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
         return
     recorded = _without_former_leaves(recorded, current)
     platform_change = describe_platforms(recorded["platform"], current["platform"], _REFERENCE)
-    for kind in RECORDED_KINDS:
+    for kind in (*RECORDED_KINDS, "topology"):
         if (
             kind != "platform"
-            and recorded[kind] != current[kind]
+            and recorded.get(kind) != current.get(kind)
             and not (platform_change and kind in platform_dependent_kinds(assembly.config))
         ):
             raise _change(folder, assembly.config, kind, recorded, current)
@@ -210,7 +210,8 @@ def _change(
     """The error for what has changed since the run began, and how to go on."""
     reference = f"{_REFERENCE} (log.h5)"  # the file that is damaged, if nothing has changed
     text = f"{folder}: {describe_difference(kind, recorded[kind], current[kind], reference)[1]}"
-    place = f" in data.{config.data.source.place}" if kind == "data" else ""
+    places = {"data": f" in data.{config.data.source.place}", "topology": " in topology.path"}
+    place = places.get(kind, "")
     return ValueError(f"{text}; put back what was{place}, or start anew with another output")
 
 

@@ -129,6 +129,24 @@ def drift_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     )
 
 
+def consensus_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
+    """Draw the consensus distance over the rounds, for runs over a topology."""
+    caption = (
+        "How far the clients are from agreeing after the exchange of a round: squared distance "
+        "(L2) of the exchanged parameters of a client from their mean, mean over clients and over "
+        f"{count_seeds(groups)}; {_BAND_NOTE}."
+    )
+    return _line_figure(
+        "consensus",
+        "Consensus distance",
+        caption,
+        groups,
+        looks,
+        lambda g: g.curves("consensus_distance"),
+        "consensus distance (squared L2)",
+    )
+
+
 def client_spread(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     """Draw the spread of the clients' accuracies over the rounds, with a panel for each group."""
     plotted = [g for g in named_groups(groups, looks) if g.curves("accuracy")[1].size]
