@@ -8,6 +8,7 @@ Robust Distributed Sensor Fusion Based on Average Consensus", IPSN 2005) of the 
 """
 
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
@@ -181,7 +182,9 @@ class File(Topology):
         """The numbers of the file, [lines, numbers of a line]."""
         try:
             text = expand_home(self.path).read_text(encoding="utf-8")
-            table = np.loadtxt(StringIO(text.replace(",", " ")), ndmin=2)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about a file without numbers
+                table = np.loadtxt(StringIO(text.replace(",", " ")), ndmin=2)
         except OSError as error:
             raise ValueError(f"path = {self.path}: cannot be read: {error.strerror}") from None
         except ValueError:
