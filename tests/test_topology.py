@@ -53,6 +53,7 @@ from fedlora_mpi.store.reader import RunFiles
 
 DPSGD = "algorithm=dpsgd"
 RING, COMPLETE, ALL = "topology=ring", "topology=complete", "participation=1.0"
+ON_RING = DPSGD, RING, "evaluate.every=3"
 
 
 # Mixing matrices
@@ -400,9 +401,9 @@ def test_a_method_that_needs_its_server_is_refused(call, name, settings, reason)
 
 def test_a_resume_on_other_ranks_has_the_same_bits(tmp_path):
     settings = DPSGD, RING, "checkpoint.every=1"
-    whole = create_run(1, tmp_path / "whole", *settings)
-    cut = create_run(3, tmp_path / "cut", *settings, "rounds=2")
-    config = config_to_resume(cut, ["rounds=4"])
+    whole = create_run(1, tmp_path / "whole", *settings, "rounds=2")
+    cut = create_run(3, tmp_path / "cut", *settings, "rounds=1")
+    config = config_to_resume(cut, ["rounds=2"])
     codes = run_on_ranks(2, lambda comm: _continue_run(cut, config, comm, [], quiet=True))
     assert codes == [0, 0]
     assert_same_run(whole, cut)
@@ -435,7 +436,7 @@ def test_ranks_with_other_graphs_do_not_begin(tmp_path, monkeypatch):
 
 
 def test_the_log_has_the_graph_its_gap_and_the_consensus_distance_of_evaluated_rounds(trained):
-    files = RunFiles(trained(DPSGD, RING, "evaluate.every=3"))
+    files = RunFiles(trained(*ON_RING))
     assert files.spectral_gap == mixing_matrix(Ring(), 7).spectral_gap
     assert [others.tolist() for others in files.partition()["neighbours"]][:2] == [[1, 6], [0, 2]]
     distances = files.rounds()["consensus_distance"]
@@ -466,7 +467,7 @@ def test_plan_counts_the_bytes_of_each_neighbour(call, unmeasured):
 
 
 def test_a_report_draws_the_graphs_and_names_their_gaps(call, trained):
-    runs = trained(DPSGD, RING), trained(DPSGD, COMPLETE), trained()
+    runs = trained(*ON_RING), trained(DPSGD, COMPLETE, "rounds=1"), trained()
     code, out, _ = call("report", *runs)
     assert code == 0 and out.count("spectral gap") == 2
     assert f"{runs[0]}: topology ring, spectral gap 0.251, final consensus distance " in out
@@ -487,7 +488,7 @@ def test_a_report_draws_the_graphs_and_names_their_gaps(call, trained):
 
 
 def test_the_own_model_of_a_client_can_be_opened(trained):
-    run = open_run(trained("algorithm=fedlora", RING))
+    run = open_run(trained("algorithm=fedlora", RING, "rounds=1"))
     client = run.client(3)
     x, y = client.test_data()
     with torch.no_grad():
