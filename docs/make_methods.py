@@ -83,6 +83,8 @@ SAID = {
     "moon": Said("everything", "last own model without its head", Bytes(ALL, ALL, BODY)),
     "fedamp": Said("a mix of the parameters for every client", "own model, its mix u_i",
                    Bytes("4 * P", "4 * P", "4 * (2 * P + F)")),
+    "depositum_like": Said("x_i and y_i, with each neighbour", "own model; y_i, g_i and nu_i",
+                           Bytes("4 * (2 * P + F)", "4 * (2 * P + F)", "4 * (4 * P + F)")),
     "dpsgd": Said("the model, with each neighbour", "own model", Bytes(ALL, ALL, ALL)),
     "fedcac": Said("the mean, and a mix for every client", "its mix, a mask of critical entries, statistics",
                    Bytes("4 * P + ceil(P / 8)", "8 * P", "4 * (P + F) + P")),

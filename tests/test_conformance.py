@@ -89,6 +89,8 @@ ALTERNATIVES = {
     "lora_epochs": ((), "1"),
     "small": ((), "cnn"),
     "apfl.alpha_decay": ((), "0.5"),
+    "depositum_like.lam": (("algorithm.penalty=l1",), "0.01"),
+    "depositum_like.theta": (("algorithm.penalty=mcp", "algorithm.lam=0.02"), None),
     "fedadagrad.beta1": ((), "0.5"),
     "fedamp.decay": (("algorithm.decay_every=1",), "0.01"),
     "fedamp.decay_every": ((), "1"),
@@ -138,7 +140,7 @@ def test_the_file_says_what_it_computes(name):
 # The sources' formulas: sum_k (n_k / n) in all files but those that write (1/N) sum_k, or a sum;
 # absent clients do not count, and accuracy is that of the next round's start, where the file says
 # nothing else.
-COUNT_ALIKE = "ditto dpsgd fd fedapen fedavg_lora fedbn fedkd fedlora fedproto fml pfedsd scaffold"
+COUNT_ALIKE = "depositum_like ditto dpsgd fd fedapen fedavg_lora fedbn fedkd fedlora fedproto fml pfedsd scaffold"
 ABSENT_COUNT = "fedavg_lora fedlora pfedgate"
 JUDGED_TRAINED = "fedamp fedpac pfedgate pfedlora pfedme pfedsd"
 
@@ -246,6 +248,7 @@ class Renumbered(DirichletClass):
 
 # What else leaves nothing that a client's own order of samples could choose.
 WHOLE = {
+    "depositum_like": ("topology=complete",),  # as dpsgd
     "dpsgd": ("topology=complete",),  # on a ring the numbers say who is whose neighbour
     "fedala": ("algorithm.s=100",),  # weights are learned on all samples
     "fedapen": ("data.partition.alike=true",),  # which samples are held out

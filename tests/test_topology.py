@@ -14,6 +14,7 @@ from folders import read_groups, table_rows
 from runs import (
     NORM,
     TINY,
+    assert_near,
     assert_same_run,
     build_tiny,
     create_run,
@@ -39,6 +40,7 @@ from fedlora_mpi.aggregation.topology import (
     mixing_matrix,
 )
 from fedlora_mpi.algorithm import Algorithm, Mix
+from fedlora_mpi.algorithms.depositum_like import DepositumLike
 from fedlora_mpi.analysis.page import curves, topology
 from fedlora_mpi.analysis.page.crowd import assign_looks
 from fedlora_mpi.analysis.page.style import plot_style
@@ -430,6 +432,75 @@ def test_ranks_with_other_graphs_do_not_begin(tmp_path, monkeypatch):
     )
     with pytest.raises(Refusal, match="who exchanges with whom: not the same as on rank 0; give"):
         run_on_ranks(2, lambda comm: build(tiny_config(DPSGD, RING), str(TINY), comm))
+
+
+# DEPOSITUM
+
+
+ONE_STEP = "train={epochs: 1, batch_size: 200, lr: 0.1, momentum: 0}"
+PLAIN = "algorithm={name: depositum_like, gamma: 0}"
+
+
+def parts_of(personal: dict, prefix: str) -> torch.Tensor:
+    """The leaves [N, D] of this prefix, or of the network."""
+    leaves = [rows for n, rows in personal.items() if n.startswith(prefix)]
+    return torch.cat([rows.flatten(1) for rows in leaves], 1).double()
+
+
+def test_tracking_on_a_complete_graph_without_momentum_is_gradient_descent():
+    """With one step of the whole batch a round."""
+    graph = run_rounds(PLAIN, COMPLETE, ALL, ONE_STEP)[0]
+    server = run_rounds("algorithm={name: fedavg, weights: uniform}", ALL, ONE_STEP)[0]
+    for a, b in zip(graph, server, strict=True):
+        assert_near({n: a.personal[n][2] for n in b.shared}, b.shared)
+    assert graph[-1].row["train_loss"] == pytest.approx(server[-1].row["train_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_tracked_gradients_sum_to_those_of_the_clients(beta):
+    how = f"algorithm={{name: depositum_like, beta: {beta}, momentum: nesterov}}", RING, "rounds=3"
+    for moment in run_rounds(*how, "train.momentum=0", "train.lr=0.1")[0][1:]:
+        y, g = (parts_of(moment.personal, prefix) for prefix in (".tracked.", ".gradient."))
+        torch.testing.assert_close(y.sum(0), beta * g.sum(0), rtol=1e-4, atol=1e-5)
+        assert g.abs().max() > 0.01 and not torch.allclose(y, beta * g, atol=1e-3)
+
+
+def test_the_momenta_of_depositum_are_those_of_the_formulas():
+    """After one batch nu = (1 - gamma) g and x = x_0 - lr d, mixed with W."""
+    for momentum, factor in (("heavy_ball", 0.25), ("nesterov", 0.75 * 0.25 + 0.25)):
+        block = f"algorithm={{name: depositum_like, gamma: 0.75, momentum: {momentum}}}"
+        begin, end = run_rounds(block, RING, ALL, ONE_STEP, "rounds=1")[0]
+        g = parts_of(end.personal, ".gradient.")
+        torch.testing.assert_close(parts_of(end.personal, ".momentum."), 0.25 * g)
+        names = [n for n in end.personal if not n.startswith(".")]
+        before, after = (
+            torch.cat([moment.personal[n].flatten(1) for n in names], 1).double()
+            for moment in (begin, end)
+        )
+        W = torch.from_numpy(mixing_matrix(Ring(), 7).weights)
+        torch.testing.assert_close(after, W @ (before - 0.1 * factor * g), rtol=0, atol=1e-6)
+
+
+def test_the_proximal_maps_are_those_of_their_penalties():
+    v = torch.tensor([-3.0, -0.5, -0.05, 0.0, 0.05, 0.5, 3.0])
+    l1 = DepositumLike(penalty="l1", lam=1.0).prox(v, 0.1)
+    torch.testing.assert_close(l1, torch.tensor([-2.9, -0.4, 0.0, 0.0, 0.0, 0.4, 2.9]))
+    mcp = DepositumLike(penalty="mcp", lam=1.0, theta=2.0).prox(v, 0.1)
+    expected = torch.tensor([-3.0, -0.4 / 0.95, 0.0, 0.0, 0.0, 0.4 / 0.95, 3.0])
+    torch.testing.assert_close(mcp, expected)
+    assert torch.equal(DepositumLike().prox(v, 0.1), v)
+    # each minimises |u - v|^2 / 2 + alpha h(u)
+    u = torch.linspace(-4, 4, 80001, dtype=torch.float64)
+    h = torch.where(u.abs() <= 2, u.abs() - u**2 / 4, torch.ones_like(u))
+    for number, reached in zip(v.double(), mcp.double(), strict=True):
+        best = u[((u - number) ** 2 / 2 + 0.1 * h).argmin()]
+        assert float(best) == pytest.approx(float(reached), abs=2e-4)
+
+
+def test_a_large_penalty_makes_every_parameter_zero():
+    how = "algorithm={name: depositum_like, penalty: l1, lam: 100}", RING, ALL, "rounds=1"
+    end = run_rounds(*how, "train.momentum=0", "train.lr=0.1")[0][-1]
+    assert all(not rows.any() for n, rows in end.personal.items() if not n.startswith("."))
 
 
 # The log, plan and report
