@@ -1,12 +1,13 @@
-"""Show over which graphs the clients exchange."""
+"""Show over which graphs the clients exchange, and how far they are from agreeing."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from ..groups import Group, RunLog
+from ..groups import Group, RunLog, count_seeds
 from .crowd import caption_note, named_groups
-from .curves import Looks
+from .curves import BAND_NOTE, Looks, line_figure
 from .style import PageFigure, panels
 from .table import Column, Table, format_number
 
@@ -23,7 +24,7 @@ def graph_figure(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     ][:_MAX_PANELS]
     if not plotted:
         return None
-    titles = [(_title(group), looks[group.label]) for group in plotted]
+    titles = [(_label_with_gap(group), looks[group.label]) for group in plotted]
     fig, all_axes = panels(titles, (2.15, 2.15), "", "")
     for axes, group in zip(all_axes, plotted, strict=True):
         neighbours = group.runs[0].neighbours
@@ -41,6 +42,28 @@ def graph_figure(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
         "the mixing matrix; the larger it is, the sooner clients agree."
     )
     return PageFigure("topology", "Topology", caption + caption_note(looks, "are left out"), fig)
+
+
+def consensus_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
+    """Draw the consensus distance over the rounds of each group over a topology, with its gap."""
+    caption = (
+        "How far the clients are from agreeing after the exchange of a round: squared distance "
+        "(L2) of the exchanged parameters of a client from their mean, mean over clients and over "
+        f"{count_seeds(groups)}; {BAND_NOTE}. Gap: the spectral gap of the mixing matrix."
+    )
+    look_of, labelled = {}, []
+    for group in (group for group in groups if group.runs[0].neighbours):
+        labelled.append(replace(group, label=_label_with_gap(group)))
+        look_of[labelled[-1].label] = looks[group.label]
+    return line_figure(
+        "consensus",
+        "Consensus distance",
+        caption,
+        labelled,
+        look_of,
+        lambda g: g.curves("consensus_distance"),
+        "consensus distance (squared L2)",
+    )
 
 
 def topology_table(groups: Sequence[Group]) -> Table | None:
@@ -80,7 +103,7 @@ def final_consensus(run: RunLog) -> float:
     return float(known[-1]) if len(known) else np.nan
 
 
-def _title(group: Group) -> str:
+def _label_with_gap(group: Group) -> str:
     gap = group.runs[0].spectral_gap
     return group.label if gap is None else f"{group.label}: gap {format_number(gap)}"
 

@@ -123,7 +123,7 @@ def collect_content(
         ranks.seconds_by_rank(groups, look_of),
         curves.loss_curves(groups, look_of),
         curves.drift_curves(groups, look_of),
-        curves.consensus_curves(groups, look_of),
+        topology.consensus_curves(groups, look_of),
         topology.graph_figure(groups, look_of),
         *curves.diagnosis_curves(groups, look_of),
         *low_rank_figures.figures,
