@@ -23,7 +23,9 @@ import torch
 
 from fedlora_mpi import algorithms
 from fedlora_mpi.aggregation.client_mix import Mixing
+from fedlora_mpi.aggregation.neighbour_mix import NeighbourMixing
 from fedlora_mpi.aggregation.svd import right_vectors
+from fedlora_mpi.aggregation.topology import Complete, mixing_matrix
 from fedlora_mpi.algorithm import HOOKS, Aggregate, Algorithm, Transport, Update, Variables
 from fedlora_mpi.components.gating import cut_tensors
 from fedlora_mpi.components.lora import FineTuning
@@ -81,6 +83,9 @@ SAID = {
     "moon": Said("everything", "last own model without its head", Bytes(ALL, ALL, BODY)),
     "fedamp": Said("a mix of the parameters for every client", "own model, its mix u_i",
                    Bytes("4 * P", "4 * P", "4 * (2 * P + F)")),
+    "depositum_like": Said("x_i and y_i, with each neighbour", "own model; y_i, g_i and nu_i",
+                           Bytes("4 * (2 * P + F)", "4 * (2 * P + F)", "4 * (4 * P + F)")),
+    "dpsgd": Said("the model, with each neighbour", "own model", Bytes(ALL, ALL, ALL)),
     "fedcac": Said("the mean, and a mix for every client", "its mix, a mask of critical entries, statistics",
                    Bytes("4 * P + ceil(P / 8)", "8 * P", "4 * (P + F) + P")),
     "fedpac": Said("body, class means; a mix of heads for every client", "head, h_i and V_i",
@@ -147,7 +152,13 @@ def measured(algorithm: Algorithm, model: Model) -> Bytes:
     """
     first, transport = algorithm.init(model, rng(1, "init")), algorithm.transport(0, 1)
     server = algorithm.server(model, first.shared)
-    mixing = Mixing.of(algorithm, first, [0], [0], "auto")
+    offer = algorithm.upload(first, first, 0).mix
+    if offer and offer.over_topology:  # to one neighbour, and from it
+        matrix = mixing_matrix(Complete(), 2)
+        mixed = NeighbourMixing.of(offer, matrix, [0, 0], [0]).bytes_of(0, {0, 1})
+    else:
+        mixing = Mixing.of(algorithm, first, [0], [0], "auto")
+        mixed = (mixing.bytes_up, mixing.bytes_down) if mixing else (0, 0)
 
     def upload_numel(v: Variables) -> int:
         upload = transport.method.upload(v, v, 0)
@@ -168,7 +179,6 @@ def measured(algorithm: Algorithm, model: Model) -> Bytes:
         download_numel(0, ones(server), ones(first.shared)),
         download_numel(1, update.server, update.shared),
     )
-    mixed = (mixing.bytes_up, mixing.bytes_down) if mixing else (0, 0)
     return Bytes(4 * up + mixed[0], 4 * down + mixed[1], nbytes(first.personal), nbytes(server))
 
 
@@ -307,6 +317,8 @@ def mean(algorithm: Algorithm, model: Model) -> str:
     upload = transport.untrained_upload(first, first.shared)
     term = transport.untrained_term(first, first.shared)
     mixes = upload.mix is not None
+    if upload.mix and upload.mix.over_topology:
+        return "none; a mix is over a client's neighbours in the round"
     if not upload.message:
         return "none; a mix is over the clients of the round" if mixes else "none"
     settable = {field.name for field in fields(algorithm)}

@@ -139,6 +139,9 @@ class Mix(NamedTuple):
     # whether keys are centred before their Gram matrix is computed, so that rounding does not
     # cancel distances
     centered: bool = False
+    # whether the weights are those of the config's ``topology``: each client receives the rows of
+    # its neighbours. There is then no key, and ``Algorithm.mix`` is not called.
+    over_topology: bool = False
 
 
 class Upload(NamedTuple):

@@ -89,6 +89,8 @@ ALTERNATIVES = {
     "lora_epochs": ((), "1"),
     "small": ((), "cnn"),
     "apfl.alpha_decay": ((), "0.5"),
+    "depositum_like.lam": (("algorithm.penalty=l1",), "0.01"),
+    "depositum_like.theta": (("algorithm.penalty=mcp", "algorithm.lam=0.02"), None),
     "fedadagrad.beta1": ((), "0.5"),
     "fedamp.decay": (("algorithm.decay_every=1",), "0.01"),
     "fedamp.decay_every": ((), "1"),
@@ -143,8 +145,8 @@ def test_the_file_says_what_it_computes(name):
 # absent clients do not count, and accuracy is that of the next round's start, where the file says
 # nothing else.
 COUNT_ALIKE = (
-    "aggregation_broadcast bound_weight_like ditto fd fedapen fedavg_lora fedbc fedbn fedga fedglomo "
-    "fedkd fedlora fedproto fml pfedsd scaffold"
+    "aggregation_broadcast bound_weight_like depositum_like ditto dpsgd fd fedapen fedavg_lora fedbc "
+    "fedbn fedga fedglomo fedkd fedlora fedproto fml pfedsd scaffold"
 )
 ABSENT_COUNT = "fedavg_lora fedlora pfedgate"
 JUDGED_TRAINED = "fedamp fedpac pfedgate pfedlora pfedme pfedsd"
@@ -253,6 +255,8 @@ class Renumbered(DirichletClass):
 
 # What else leaves nothing that a client's own order of samples could choose.
 WHOLE = {
+    "depositum_like": ("topology=complete",),  # as dpsgd
+    "dpsgd": ("topology=complete",),  # on a ring the numbers say who is whose neighbour
     "fedala": ("algorithm.s=100",),  # weights are learned on all samples
     "fedapen": ("data.partition.alike=true",),  # which samples are held out
     "fedimpro": ("algorithm.weight=0",),  # features are drawn for each client
@@ -482,7 +486,8 @@ def test_an_exception_is_of_a_leaf_that_there_is(table):
 
 @both_models
 def test_bytes_are_those_of_the_upload_and_of_the_shared_leaves(name, model):
-    client_type = build_tiny(*overrides_for(name), model).federation.clients.types[0]
+    federation = build_tiny(*overrides_for(name), model).federation
+    client_type = federation.clients.types[0]
     transport, first = client_type.transport, client_type.local_initial
     first = Variables(clone_tree(first.shared), clone_tree(first.personal))
     upload = transport.method.upload(first, first, 0)
@@ -491,8 +496,13 @@ def test_bytes_are_those_of_the_upload_and_of_the_shared_leaves(name, model):
         sent = {id(v) for v in upload.message.values()}  # a row of the message is not sent again
         up += size(v for v in (*mix.rows.values(), mix.key, mix.extra) if id(v) not in sent)
         down += size(mix.rows.values())
-    for moment in run(name, model)[1:]:
+    for round_, moment in enumerate(run(name, model)[1:]):
         assert moment.row["clients"] == 4
+        if federation.matrix:  # the rows go to each neighbour in the cohort, and come from each
+            members = federation.cohorts.sample(round_).members
+            pairs = sum((a + 1) % 7 in members for a in members)  # of a ring
+            assert moment.row["bytes_up"] == moment.row["bytes_down"] == 2 * pairs * up
+            continue
         if upload.numel is None:
             assert moment.row["bytes_up"] == 4 * up
         else:  # by what a client holds: its own tests have the formula

@@ -63,6 +63,7 @@ METHODS = {
     # the mean by an allreduce, low-rank parts that stay; absent clients count as they were
     "fedlora": [],
     "fedamp": ["algorithm=fedamp", "mix=spread"],  # a mix for every client, over the workers
+    "dpsgd": ["algorithm=dpsgd", "topology=ring"],  # rows from neighbour to neighbour
     # uploads by a gather, three kinds
     "fedhl": ["algorithm={name: fedhl, lora_ranks: [3, 2, 1]}", "uplink=gather", "train.lr=0.005"],
 }

@@ -18,6 +18,7 @@ from .client_mix import Mixing, PackedMix
 from .exact_sum import LIMIT, SUM_TYPES
 from .flat_layout import Layout
 from .gathered import gather_remote_uploads
+from .neighbour_mix import NeighbourMixing
 from .protection import Message, MessageOfClient, Protection
 from .term_layout import TermLayout
 
@@ -113,7 +114,8 @@ class Aggregator:
     gathers: bool = False
     # whether a client whose numbers are not finite is left out of its round; else it ends the run
     skip_nonfinite: bool = False
-    mixing: Mixing | None = None  # how per-client mixes are exchanged; None: the method has none
+    # how per-client mixes are exchanged; None: the method has none
+    mixing: Mixing | NeighbourMixing | None = None
     all_reduce: Callable[[np.ndarray], None] | None = None  # the first sum of a round
 
     @cached_property

@@ -7,7 +7,7 @@ all coordinates (a gather and a scatter). With ``spread`` every worker receives 
 compute in fixed blocks of coordinates, so both give the same bits on any number of ranks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,13 +98,29 @@ class Mixing:
         """The bytes that one client receives for the mix."""
         return self.row_layout.nbytes
 
-    def bytes_mpi(self, clients: int, ranks: int) -> int:
-        """The bytes that all ranks together pass to MPI for a cohort of ``clients``."""
+    @property
+    def workers(self) -> tuple[int, ...]:
+        """The ranks that mix: those that own coordinates."""
+        return self.owners
+
+    def bytes_of(self, client: int, members: Set[int]) -> tuple[int, int]:
+        """The bytes that a client of the cohort ``members`` sends for the mix, and those that it
+        receives.
+        """
+        return self.bytes_up, self.bytes_down
+
+    def bytes_mpi(self, members: Set[int], ranks: int) -> int:
+        """The bytes that all ranks together pass to MPI for a cohort."""
+        clients = len(members)
         vectors = clients * (
             2 * self.row_layout.dtype.itemsize * self.row_layout.size
             + self.key_dtype.itemsize * self.key_size
         )
         return vectors + ranks * ExactSum(clients * (clients + self.extra)).buffer.nbytes
+
+    def additions(self, members: Set[int]) -> int:
+        """How many rows are added up for a cohort, on all ranks together."""
+        return len(members) ** 2
 
     def pack(self, offer: Mix) -> PackedMix:
         """A copy of the offer, whose tensors may be views of variables that change later."""
@@ -218,7 +234,7 @@ class Mixing:
         local_clients = [vectors[c] for c in clients_by_rank[comm.rank]]
         send = [v[first:last] for first, last in ranges for v in local_clients]
         first, last = ranges[comm.rank]
-        received = _exchange(
+        received = exchange(
             comm,
             torch.cat([torch.zeros(0, dtype=dtype), *send]),
             [(b - a) * len(local_clients) for a, b in ranges],
@@ -240,7 +256,7 @@ class Mixing:
             self._clients_by_rank(comm, ids),
         )
         width, local_clients = mixed.shape[1], clients_by_rank[comm.rank]
-        received = _exchange(
+        received = exchange(
             comm,
             mixed[order].reshape(-1),
             [width * len(clients) for clients in clients_by_rank],
@@ -261,7 +277,7 @@ class Mixing:
         return dict(zip(local_clients, local_vectors, strict=True))
 
 
-def _exchange(
+def exchange(
     comm: Comm, send: Tensor, counts: Sequence[int], receive_counts: Sequence[int]
 ) -> Tensor:
     """The result of ``comm.exchange`` for numbers of the dtype of ``send``.

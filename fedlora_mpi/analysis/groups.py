@@ -23,7 +23,7 @@ IGNORED_KEYS = (
     "engine.device", "engine.path", "engine.group_size", "engine.threads",
 )  # fmt: skip
 # {block: the key that decides what the block's other keys mean}
-SELECTORS = {"data.partition": "kind", "model": "name", "algorithm": "name"}
+SELECTORS = {"data.partition": "kind", "model": "name", "algorithm": "name", "topology": "name"}
 # Beginnings of the dotted names of the settings that results must share to be compared.
 _TASK_KEYS = ("data.", "participation")
 # {beginning of dotted names in the ``data`` block: the data sets that read these settings}
@@ -34,7 +34,7 @@ DATASETS_OF_BLOCK = {
 }
 _METHOD_KEY, _DATASET_KEY = "algorithm.name", "data.dataset"
 # keys of which a label shows only the value
-_KEYS_SHOWN_AS_VALUE = ("model.name", "data.partition.kind", _DATASET_KEY)
+_KEYS_SHOWN_AS_VALUE = ("model.name", "data.partition.kind", "topology.name", _DATASET_KEY)
 
 
 class Stat(NamedTuple):
@@ -63,6 +63,7 @@ class RunLog:
     clients: dict[str, np.ndarray]  # [T, N]
     partition: dict[str, Any]
     ranks: dict[str, np.ndarray] = field(default_factory=dict)  # [T, R]; "ranks" [T]: their number
+    spectral_gap: float | None = None  # of its topology, if it has one
 
     @classmethod
     def read(cls, path: Path) -> "RunLog":
@@ -76,6 +77,7 @@ class RunLog:
             rows["clients"],
             files.partition(),
             rows["ranks"],
+            files.spectral_gap,
         )
 
     @cached_property
@@ -108,6 +110,16 @@ class RunLog:
         """The seconds of all rounds, on the clock of rank 0."""
         columns = [values for n, values in self.rounds.items() if n.startswith("seconds_")]
         return float(sum(column.sum() for column in columns))
+
+    @property
+    def topology(self) -> str:
+        """The name of its topology in the config; "" without one."""
+        return dict(flatten_config(self.config)).get("topology.name", "")
+
+    @property
+    def neighbours(self) -> list[list[int]]:
+        """The neighbours of each client; [] without a topology."""
+        return [clients.tolist() for clients in self.partition.get("neighbours", [])]
 
     @property
     def algorithm(self) -> str:

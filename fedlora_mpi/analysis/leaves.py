@@ -15,5 +15,10 @@ def first_variables(algorithm: Algorithm, model: Model, seed: int) -> Variables:
 
     Callers use only their names. Initial weights on the device "meta" are replaced by zeros.
     """
+    return algorithm.init(with_numbers(model), rng(seed, "init"))
+
+
+def with_numbers(model: Model) -> Model:
+    """``model`` with zeros for its initial weights on the device "meta"."""
     values = {n: torch.zeros(v.shape) if v.is_meta else v for n, v in model.initial.items()}
-    return algorithm.init(replace(model, initial=values), rng(seed, "init"))
+    return replace(model, initial=values)

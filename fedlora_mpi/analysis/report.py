@@ -54,7 +54,7 @@ def table(runs: Sequence[Path]) -> str:
     in the last evaluated round, mean and minimum over the clients. best: the highest mean of any
     round, and that round. up/client: bytes per client and round. A run with further scores adds
     columns for them, of the last evaluated round. A row over seeds has means with sample standard
-    deviations. What is doubtful about the settings of a run follows the table.
+    deviations. The topologies of runs, and what is doubtful about their settings, follow the table.
     """
     run_files = [RunFiles(path) for path in runs]
     labels = run_labels([files.checked_config for files in run_files])
@@ -64,7 +64,8 @@ def table(runs: Sequence[Path]) -> str:
     rows += _seed_rows(results)
     rows = _with_scores(rows, list(dict.fromkeys(n for r in results for n in r.scores)), results)
     hints = [escape_line(f"{r.path}: {hint}") for r in results for hint in r.hints]
-    return "\n".join([align_columns(rows, left=(0, len(rows[0]) - 1)), *hints])
+    graphs = [escape_line(f"{r.path}: {r.graph}") for r in results if r.graph]
+    return "\n".join([align_columns(rows, left=(0, len(rows[0]) - 1)), *graphs, *hints])
 
 
 def comparison_text(runs: Sequence[Path], wanted_of_sweep: Mapping[Path, Sequence[Path]]) -> str:
@@ -115,6 +116,7 @@ class _Result:
     hints: tuple[str, ...]  # what is doubtful about its settings
     numbers: np.ndarray  # [5] final, best, worst (fractions), bytes up, seconds; NaN where unknown
     scores: dict[str, float]  # further ones, in the last evaluated round
+    graph: str  # its topology in words; "" without one
 
     @classmethod
     def read(cls, files: RunFiles, label: str) -> "_Result":
@@ -147,6 +149,7 @@ class _Result:
             hints=tuple(files.hints),
             numbers=numbers,
             scores=final_scores(config, rounds),
+            graph=_describe_graph(files, rounds),
         )
 
     def table_row(self) -> tuple[str, ...]:
@@ -169,6 +172,17 @@ class _Result:
             seconds,
             str(self.path),
         )
+
+
+def _describe_graph(files: RunFiles, rounds: Mapping[str, np.ndarray]) -> str:
+    """The topology of a run, its spectral gap and the last consensus distance; "" without one."""
+    if files.spectral_gap is None:
+        return ""
+    name = files.config.get("topology", {}).get("name", "file")
+    text = f"topology {name}, spectral gap {files.spectral_gap:.3g}"
+    known = rounds.get("consensus_distance", np.zeros(0))
+    known = known[~np.isnan(known)]
+    return f"{text}, final consensus distance {known[-1]:.3g}" if len(known) else text
 
 
 def _with_scores(

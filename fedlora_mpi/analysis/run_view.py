@@ -214,8 +214,16 @@ class RunView:
     @cached_property
     def transports(self) -> "tuple[Transport, ...]":
         """What differs between clients, such as a rank of their own, for each client, [N]."""
-        clients, algorithm = len(self.partition.train), self._parsed_config.algorithm
+        clients, algorithm = len(self.partition.train), self._method
         return tuple(algorithm.transport(client, clients) for client in range(clients))
+
+    @cached_property
+    def _method(self) -> "Algorithm":
+        """The algorithm as the run has it."""
+        from .. import config as configs
+        from .leaves import with_numbers
+
+        return configs.method_for(self._parsed_config, with_numbers(self.networks[0]))
 
     @cached_property
     def networks(self) -> "tuple[Model, ...]":
@@ -267,7 +275,7 @@ class RunView:
         """
         network = min(self.network_of) if client is None else self.network_of[client]
         initial = self._initial_variables(
-            self._parsed_config.algorithm if client is None else self.transports[client].method,
+            self._method if client is None else self.transports[client].method,
             network,
         )
         leaf_of = {

@@ -7,7 +7,19 @@ import numpy as np
 
 # beginnings of names, and words in names
 _HIGHER = ("accuracy", "top1", "top5", "macro_f1", "auc")
-_LOWER = ("loss", "mse", "mae", "seconds", "bytes", "flops", "drift", "epsilon", "skipped", "nan_")
+_LOWER = (
+    "loss",
+    "mse",
+    "mae",
+    "seconds",
+    "bytes",
+    "flops",
+    "drift",
+    "consensus",
+    "epsilon",
+    "skipped",
+    "nan_",
+)
 
 
 def better_direction(name: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..aggregation.topology import Topology
 from ..algorithm import Algorithm, LocalTraining
 from ..core.bounds import bounded
 from ..core.losses import CROSS_ENTROPY
@@ -187,6 +188,7 @@ class Config:
     faults: Faults = Faults()
     log: Log = Log()
     privacy: Privacy = Privacy()
+    topology: Topology | None = None  # None: clients exchange with a server
     reduce: Literal["exact", "fast"] = "exact"
     mix: Literal["auto", "root", "spread"] = "auto"
     uplink: Literal["auto", "sum", "gather"] = "auto"

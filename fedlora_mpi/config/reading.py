@@ -23,7 +23,9 @@ import numpy as np
 import yaml
 
 from .. import algorithms
+from ..aggregation.topology import TOPOLOGIES, Topology, topology_name
 from ..algorithm import Algorithm, dataclass_mistake
+from ..components.decentralised import over_topology
 from ..core.escapes import safe_file_name
 from ..core.losses import CROSS_ENTROPY, LOSSES
 from ..core.packaged import find_config, packaged_configs
@@ -31,6 +33,7 @@ from ..data.datasets import DATASETS, Source
 from ..data.partition import PARTITIONS, Partition
 from ..data.tables import Table
 from ..models import zoo
+from ..models.network import Model
 from ..privacy.settings import Privacy
 from ..store.files import text_checksum
 from . import blocks, former
@@ -45,6 +48,7 @@ FREE_ON_RESUME = (
     "data.root",
     "data.path",
     "data.download",
+    "topology.path",
     "server_hosts_clients",
     "mix",
     "uplink",
@@ -72,6 +76,7 @@ _PATH_KEYS = (
     "data.table.train",
     "data.table.test",
     "model.folder",
+    "topology.path",
 )
 _NETWORK_KEYS = ("weights", "head", "output")  # of every network, beside its own options
 _NULLABLE_PATH_KEYS = ("data.text.tokenizer", "data.path", "model.weights")
@@ -146,6 +151,7 @@ def _complete_tree(config: Config) -> dict[str, Any]:
     else:
         name = {"name": tree["model"]["name"]}
         omitted["model"] = name | network_keys | tree["model"] | {"loss": model.loss}
+    tree = {"topology": None} | tree
     return {key: (tree | omitted)[key] for key in blocks.config_fields(Config)}
 
 
@@ -281,6 +287,10 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         del tree["data"]["table"]
     if config.privacy == Privacy():
         del tree["privacy"]
+    if config.topology is None:
+        del tree["topology"]
+    else:
+        tree["topology"] = {"name": topology_name(config.topology)} | tree["topology"]
     if config.data.source.text.tokenizer is None:
         del tree["data"]["text"]["tokenizer"]
     tree["model"] = _model_tree(config.model)
@@ -407,6 +417,19 @@ def algorithm_name(algorithm: Algorithm) -> str:
     return name if package == algorithms.__name__ else f"{cls.__module__}:{cls.__name__}"
 
 
+def method_for(config: Config, model: Model) -> Algorithm:
+    """The algorithm of a config as it runs with ``model``: over a topology without its server.
+
+    Raises ValueError, "name = ...", if it cannot run so.
+    """
+    if config.topology is None:
+        return config.algorithm
+    try:
+        return over_topology(config.algorithm, model)
+    except ValueError as error:
+        raise ValueError(f"name = {algorithm_name(config.algorithm)}: {error}") from None
+
+
 def partition_kind(partition: Partition) -> str:
     """The name of this partition's rule in a config."""
     return next(kind for kind, cls in PARTITIONS.items() if type(partition) is cls)
@@ -420,6 +443,7 @@ def _build_config(tree: Mapping[str, Any], origin: Origin) -> Config:
         "data": Field(_build_data),
         "model": Field(_build_model),
         "algorithm": Field(_build_algorithm),
+        "topology": Field(_build_topology, None),
     }
     return blocks.construct(
         Config, blocks.read_block(known_fields, tree, "", origin, "the config"), "", origin
@@ -451,6 +475,13 @@ def _read_dataset(value: Any, key: str, origin: Origin) -> str:
 def _build_partition(value: Any, key: str, origin: Origin) -> Partition:
     kind, options = blocks.split_choice("kind", PARTITIONS, "", value, key, origin)
     return blocks.build_block(PARTITIONS[kind], options, key, origin, owner=kind)
+
+
+def _build_topology(value: Any, key: str, origin: Origin) -> Topology | None:
+    if value is None:
+        return None
+    name, options = blocks.split_choice("name", TOPOLOGIES, "", value, key, origin)
+    return blocks.build_block(TOPOLOGIES[name], options, key, origin, owner=name)
 
 
 def _build_model(value: Any, key: str, origin: Origin) -> ModelBlock:
@@ -641,6 +672,11 @@ def _common_network_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> Co
     return ("loss",)
 
 
+def _common_topology_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> Collection[str]:
+    """None."""
+    return ()
+
+
 def _common_method_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> Collection[str]:
     """The fields that both methods have from the same class, for instance ``LowRank``."""
     try:
@@ -662,6 +698,7 @@ CHOICES = {
     "data.partition": blocks.Choice(("kind",), _common_partition_fields),
     "model": blocks.Choice(("name", "mix"), _common_network_fields),
     "algorithm": blocks.Choice(("name",), _common_method_fields),
+    "topology": blocks.Choice(("name",), _common_topology_fields),
 }
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar, cast, get_args
 from torch import Tensor
 
 from ..algorithm import Algorithm, Batch, Loss, Phase, Step, Variables, Visit
+from ..components.decentralised import Decentralised
 from ..core.in_place import TreeState
 from ..core.names import display_name
 from ..core.tree import Tree
@@ -60,6 +61,8 @@ def with_checked_roles(model: Model) -> Model:
 
 def is_package_method(method: Algorithm) -> bool:
     """Whether a method's class is one of this package."""
+    if isinstance(method, Decentralised):
+        method = method.inner
     return type(method).__module__.startswith(f"{__package__.partition('.')[0]}.")
 
 

@@ -10,6 +10,7 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
+from ..aggregation.topology import MixingMatrix
 from ..algorithm import Variables
 from ..config import Config
 from ..core.tree import Tree
@@ -41,6 +42,7 @@ _REMEDIES = dict.fromkeys(KINDS, _RANDOMNESS_REMEDY) | {
     "settings": "give all nodes the same versions of the package and of your own modules",
     "data": "give all nodes the same files, data.{place}",
     "split": "install the same versions of numpy and torch on all nodes",
+    "topology": "give all nodes the same file topology.path, or the same versions of torch",
     "code": "give all nodes the same file",
 }
 
@@ -53,6 +55,7 @@ def reconcile_ranks(
     models: Sequence[Model],
     split: Split,
     initial_variables: Sequence[Variables],
+    matrix: MixingMatrix | None = None,
 ) -> tuple[tuple[Model, ...], Sequence[Variables], Inventory]:
     """Return the networks and initial variables, equal on all ranks, and this rank's inventory.
 
@@ -60,7 +63,7 @@ def reconcile_ranks(
     ranks if anything else differs.
     """
     local_inventory = build_inventory(
-        config, data, models, split, initial_variables, comm.heartbeat.beat
+        config, data, models, split, initial_variables, comm.heartbeat.beat, matrix
     )
     if _compare_ranks(comm, config, source, local_inventory, data):
         return tuple(models), initial_variables, local_inventory

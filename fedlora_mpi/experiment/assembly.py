@@ -8,6 +8,7 @@ from .. import config as configs
 from ..aggregation.flat_layout import joint_dtype
 from ..aggregation.gathered import should_gather
 from ..aggregation.term_layout import TermLayout
+from ..aggregation.topology import MixingMatrix
 from ..config import Config
 from ..config.blocks import prefix_errors
 from ..core.paths import expand_home
@@ -75,7 +76,14 @@ def build(config: Config, source: str, comm: Comm, requested_path: RequestedPath
     if comm.rank == 0:
         tell_hints(parts.data, source)
     models, initial_variables, local_inventory = reconcile_ranks(
-        comm, config, source, parts.data, parts.models, parts.split, parts.initial_variables
+        comm,
+        config,
+        source,
+        parts.data,
+        parts.models,
+        parts.split,
+        parts.initial_variables,
+        parts.matrix,
     )
     parts = parts._replace(models=models, initial_variables=initial_variables)
     engine = choose_engine(parts, config, source, comm, workers, memory, requested_path)
@@ -103,11 +111,14 @@ def _assemble(
         config.data.tasks.rounds if config.data.tasks else 1,
         config.privacy,
     )
+    if parts.matrix:
+        with prefix_errors(source, "topology"):
+            _check_participants(parts.matrix, tasks)
     on_disk = config.engine.personal == "disk"
     is_private = config.privacy != Privacy()
     with prefix_errors(source, "algorithm"):
         federation = Federation.build(
-            config.algorithm,
+            parts.method,
             comm,
             cohorts,
             placement,
@@ -120,10 +131,11 @@ def _assemble(
             protection=PrivateUploads(config.privacy, config.seed) if is_private else None,
             rows=DiskRows(expand_home(config.output)) if on_disk else None,
             evaluate_cohort_only=config.evaluate.clients == "cohort",
+            matrix=parts.matrix,
         )
     with prefix_errors(source, "privacy"):
         _check_privacy(config, federation)
-    digest = run_digest(config, split, data.vocabulary)
+    digest = run_digest(config, split, data.vocabulary, parts.matrix)
     return Assembly(
         config,
         federation,
@@ -136,10 +148,22 @@ def _assemble(
     )
 
 
+def _check_participants(matrix: MixingMatrix, tasks: Sequence[Clients]) -> None:
+    """Raise ValueError if the clients with data are not connected in some task."""
+    for clients in tasks:
+        without_data = [c for c, size in enumerate(clients.sizes) if not size]
+        if not matrix.is_connected({*range(len(clients))} - {*without_data}):
+            ids = ", ".join(map(str, without_data[:10]))
+            raise ValueError(
+                f"client {ids} never takes part, without training samples, and the graph of the "
+                "others is not connected; choose another topology, or give it samples"
+            )
+
+
 def _clients(parts: Parts, config: Config, types: tuple[ClientType, ...], split: Split) -> Clients:
     """All clients when they hold what ``split`` says; one without samples weighs nothing."""
     sizes = tuple(map(len, split.train))
-    by_samples = config.algorithm.weights == "samples" and not config.privacy.is_differential
+    by_samples = parts.method.weights == "samples" and not config.privacy.is_differential
     weights = sizes if by_samples else tuple(min(size, 1) for size in sizes)
     return Clients(types, parts.type_of_client, sizes, weights)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import __version__
 from .. import config as configs
+from ..aggregation.topology import MixingMatrix
 from ..algorithm import Variables
 from ..config import Config
 from ..core.escapes import escape_line
@@ -31,6 +32,7 @@ KINDS = (
     "settings",
     "data",
     "split",
+    "topology",
     "structure",
     "constants",
     "attributes",
@@ -63,6 +65,7 @@ def build_inventory(
     split: Split,
     initial_variables: Sequence[Variables],
     beat: Callable[[], None],
+    matrix: MixingMatrix | None = None,
 ) -> Inventory:
     """Return the digests of everything that must be the same on all ranks, and on a resume.
 
@@ -95,6 +98,7 @@ def build_inventory(
         "settings": {key: json.dumps(value) for key, value in configs.flatten(config).items()},
         "data": data_digests(data, digest),
         "split": {"who holds which samples": split.digest()},
+        "topology": {"who exchanges with whom": matrix.digest()} if matrix else {},
         "structure": {
             n: _shape_and_dtype(v) + roles.get(n, "") for n, v in (*leaves, *constants, *variables)
         },
@@ -111,12 +115,19 @@ def build_inventory(
     }
 
 
-def run_digest(config: Config, split: Split, vocabulary: Vocabulary | None) -> str:
+def run_digest(
+    config: Config,
+    split: Split,
+    vocabulary: Vocabulary | None,
+    matrix: MixingMatrix | None = None,
+) -> str:
     """Return the digest that a checkpoint and a run that continues it must share.
 
-    Its parts, joined by ``-``: the config, the split, the vocabulary, the weight files.
+    Its parts, joined by ``-``: the config, the split, the vocabulary, the mixing matrix, the weight
+    files.
     """
     texts = [vocabulary.digest()] if vocabulary else []
+    texts += [matrix.digest()] if matrix else []
     files = [of_files(*origin.files) for network in config.model.mix for origin in network.origins]
     return "-".join(
         [configs.digest(config), *(text[:16] for text in (split.digest(), *texts, *files))]
@@ -148,7 +159,8 @@ def recorded_inventory(inventory: Inventory) -> Inventory:
     The initial variables, possibly very many, share one digest.
     """
     return {kind: inventory[kind] for kind in RECORDED_KINDS} | {
-        "variables": {"the first variables": f"{hash_items(inventory['variables']):x}"}
+        "variables": {"the first variables": f"{hash_items(inventory['variables']):x}"},
+        **({"topology": inventory["topology"]} if inventory["topology"] else {}),
     }
 
 

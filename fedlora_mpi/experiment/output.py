@@ -17,6 +17,7 @@ import torch
 
 from .. import __version__
 from .. import config as configs
+from ..aggregation.topology import MixingMatrix
 from ..config import Config
 from ..data.datasets import Data
 from ..mpi.comm import Comm
@@ -174,10 +175,10 @@ def check_unchanged(folder: Path, assembly: Assembly) -> None:
         return
     recorded = _without_former_leaves(recorded, current)
     platform_change = describe_platforms(recorded["platform"], current["platform"], _REFERENCE)
-    for kind in RECORDED_KINDS:
+    for kind in (*RECORDED_KINDS, "topology"):
         if (
             kind != "platform"
-            and recorded[kind] != current[kind]
+            and recorded.get(kind) != current.get(kind)
             and not (platform_change and kind in platform_dependent_kinds(assembly.config))
         ):
             raise _change(folder, assembly.config, kind, recorded, current)
@@ -209,7 +210,8 @@ def _change(
     """The error for what has changed since the run began, and how to go on."""
     reference = f"{_REFERENCE} (log.h5)"  # the file that is damaged, if nothing has changed
     text = f"{folder}: {describe_difference(kind, recorded[kind], current[kind], reference)[1]}"
-    place = f" in data.{config.data.source.place}" if kind == "data" else ""
+    places = {"data": f" in data.{config.data.source.place}", "topology": " in topology.path"}
+    place = places.get(kind, "")
     return ValueError(f"{text}; put back what was{place}, or start anew with another output")
 
 
@@ -323,6 +325,7 @@ def create_log(folder: Path, assembly: Assembly) -> None:
     assert assembly.inventory is not None  # ``build`` sets it
     split = assembly.split
     outputs = {"outputs": np.array([assembly.outputs], np.int64)}
+    matrix = assembly.federation.matrix
     Log.create(
         folder / "log.h5",
         config_yaml=configs.checksummed_yaml(assembly.config),
@@ -341,9 +344,16 @@ def create_log(folder: Path, assembly: Assembly) -> None:
             "input_padding": np.array(assembly.token_settings[1:], np.int64),
             # a network has one output for each class, except if the targets are no classes
             **(outputs if assembly.outputs != split.train_counts.shape[1] else {}),
+            **(pack_ragged("neighbours", _neighbour_lists(matrix)) if matrix else {}),
             "digest": split.digest(),
         },
+        spectral_gap=matrix.spectral_gap if matrix else None,
     ).close()
+
+
+def _neighbour_lists(matrix: MixingMatrix) -> list[np.ndarray]:
+    """The neighbours of each client, in ascending order."""
+    return [np.array(sorted(neighbours), np.int64) for neighbours in matrix.neighbours]
 
 
 def _library_versions() -> dict[str, str]:

@@ -10,7 +10,8 @@ import torch
 
 from .. import config as configs
 from ..aggregation.flat_layout import Layout
-from ..algorithm import LocalTraining, Transport, Variables, check_trainable
+from ..aggregation.topology import MixingMatrix, mixing_matrix
+from ..algorithm import Algorithm, LocalTraining, Transport, Variables, check_trainable
 from ..config import Config
 from ..config.blocks import prefix_errors
 from ..core.losses import LOSSES, Loss, Targets, find_loss
@@ -143,7 +144,9 @@ class Parts(NamedTuple):
     type_of_client: tuple[int, ...]  # of each client
     initial_variables: Sequence[Variables]  # of each kind
     device: torch.device
+    method: Algorithm  # of the config, as it runs
     metrics: Sequence[str] = ()  # of an evaluation
+    matrix: MixingMatrix | None = None  # of the topology, if there is one
 
     def client_types(self, train: LocalTraining, engine: Engine) -> tuple[ClientType, ...]:
         """The kinds of clients as an engine trains them."""
@@ -200,20 +203,24 @@ def make_parts(
                 on_batch=beat,
             )
     _try_users_method(config, source, models)
-    variants, kind_of = client_variants(config)
     with prefix_errors(source, "algorithm"):
-        initial_variables = _initial_variables(config, variants, models)
+        method = configs.method_for(config, models[0])
+        variants, kind_of = client_variants(config, method)
+        initial_variables = _initial_variables(config, method, variants, models)
         for (number, transport), initial in zip(variants, initial_variables, strict=True):
-            method = transport.method
             network = config.model.mix[number].name
             check_trainable(
-                configs.algorithm_name(method),
-                method,
+                configs.algorithm_name(config.algorithm),
+                transport.method,
                 network,
                 models[number],
                 config.train,
                 initial,
             )
+    matrix = None
+    if config.topology:
+        with prefix_errors(source, "topology"):
+            matrix = mixing_matrix(config.topology, config.data.partition.clients)
     if config.engine.compile:
         with prefix_errors(source, "engine"):
             need_compiler()
@@ -229,7 +236,9 @@ def make_parts(
         kind_of,
         initial_variables,
         device,
+        method,
         config.evaluate.metrics,
+        matrix,
     )
 
 
@@ -244,12 +253,14 @@ def _try_users_method(config: Config, source: str, models: Sequence[Model]) -> N
             try_method(name, config.algorithm, models, config.train, clients, config.seed)
 
 
-def client_variants(config: Config) -> tuple[list[tuple[int, Transport]], tuple[int, ...]]:
+def client_variants(
+    config: Config, method: Algorithm
+) -> tuple[list[tuple[int, Transport]], tuple[int, ...]]:
     """The kinds of clients, (number of the network, the method as they have it), and the kind of
     each client, [N].
     """
     network_of = config.model.network_of_clients(clients := config.data.partition.clients)
-    transports = [config.algorithm.transport(client, clients) for client in range(clients)]
+    transports = [method.transport(client, clients) for client in range(clients)]
     variant_of_client = [
         (network, transport.method)
         for network, transport in zip(network_of, transports, strict=True)
@@ -265,14 +276,18 @@ def client_variants(config: Config) -> tuple[list[tuple[int, Transport]], tuple[
 
 
 def _initial_variables(
-    config: Config, variants: Sequence[tuple[int, Transport]], models: Sequence[Model]
+    config: Config,
+    algorithm: Algorithm,
+    variants: Sequence[tuple[int, Transport]],
+    models: Sequence[Model],
 ) -> list[Variables]:
     """The variables before round 1 of each kind of clients; the shared ones are the method's with
     the first network.
 
     Raises ValueError when networks differ in what the algorithm shares or mixes.
     """
-    algorithm, names = config.algorithm, [config.model.mix[network].name for network, _ in variants]
+    name = configs.algorithm_name(config.algorithm)
+    networks = [config.model.mix[network].name for network, _ in variants]
 
     def initialize(method, model):
         return method.init(model, rng(config.seed, "init"))
@@ -287,26 +302,30 @@ def _initial_variables(
     for initial in initial_variables:
         if clashing_leaves := initial.shared.keys() & initial.personal.keys():
             raise ValueError(
-                f"name = {configs.algorithm_name(algorithm)}: has a leaf "
+                f"name = {name}: has a leaf "
                 f"{display_name(min(clashing_leaves))} of its own, and so has the network; rename "
                 "that part of the network"
             )
     mixes = [algorithm.upload(first, first, 0).mix for first in initial_variables]
+    if config.topology is None and any(offer and offer.over_topology for offer in mixes):
+        raise ValueError(
+            f"name = {name}: clients mix with their neighbours; say who these are, for instance "
+            "topology=ring"
+        )
     for verb, trees in (
         ("shares", [v.shared for v in initial_variables]),
         ("mixes", [o.rows if o else {} for o in mixes]),
     ):
         layouts = [Layout.of(tree).leaf_descriptions for tree in trees]
-        for name, layout in zip(names, layouts, strict=True):
+        for network, layout in zip(networks, layouts, strict=True):
             if layout != layouts[0]:
                 leaf = next(n for n in layouts[0] | layout if layouts[0].get(n) != layout.get(n))
                 shapes = " and ".join(
                     leaf_shapes.get(leaf, "none") for leaf_shapes in (layouts[0], layout)
                 )
                 raise ValueError(
-                    f"name = {configs.algorithm_name(algorithm)}: {verb} {display_name(leaf)}, "
-                    f"which networks {names[0]} and {name} have in different shapes ({shapes}); "
-                    "for a mix of networks choose a method that shares only what they have in "
-                    "common, such as pfedlora"
+                    f"name = {name}: {verb} {display_name(leaf)}, which networks {networks[0]} "
+                    f"and {network} have in different shapes ({shapes}); for a mix of networks "
+                    "choose a method that shares only what they have in common, such as pfedlora"
                 )
     return [first._replace(shared=initial_variables[0].shared) for first in initial_variables]

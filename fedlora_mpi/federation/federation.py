@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 from ..aggregation.aggregator import Aggregator
 from ..aggregation.client_mix import Mixing
+from ..aggregation.neighbour_mix import NeighbourMixing
 from ..aggregation.protection import Protection
 from ..aggregation.term_layout import TermLayout
+from ..aggregation.topology import MixingMatrix
 from ..algorithm import Algorithm
 from ..core.names import display_name
 from ..core.tree import Tree
@@ -17,6 +19,9 @@ from .clients import Clients
 from .cohorts import Cohorts
 from .instruments import Instruments
 from .placement import Placement
+
+SCORES = ("accuracy", "loss", "accuracy_aggregated", "accuracy_trained")  # of each client
+CONSENSUS = "consensus_distance"  # of each client, over a topology
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,17 @@ class Federation:
     instruments: Instruments
     # whether those who are evaluated in a round are its cohort; else everybody is
     evaluate_cohort_only: bool = False
+    matrix: MixingMatrix | None = None  # W of the topology, if there is one
 
     @property
     def metrics(self) -> Sequence[str]:
         """The names of the metrics of an evaluation."""
         return self.clients.trainer.metrics
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """The names of the numbers that an evaluation gives for each client."""
+        return (*SCORES, *self.metrics, *((CONSENSUS,) if self.matrix else ()))
 
     @classmethod
     def build(
@@ -56,6 +67,7 @@ class Federation:
         protection: Protection | None = None,
         rows: RowStorage | None = None,
         evaluate_cohort_only: bool = False,
+        matrix: MixingMatrix | None = None,
     ) -> "Federation":
         """The federation of these clients; ``clients``: with all their data, if there are tasks.
 
@@ -80,7 +92,7 @@ class Federation:
             protection=protection or Protection(),
             gathers=gathers,
             skip_nonfinite=skip_nonfinite,
-            mixing=_mixing_of(algorithm, clients, placement, workers, route),
+            mixing=_mixing_of(algorithm, clients, placement, workers, route, matrix),
         )
         return cls(
             algorithm,
@@ -92,6 +104,7 @@ class Federation:
             aggregator,
             Instruments(clients, comm.heartbeat, prints_hint=comm.rank == 0),
             evaluate_cohort_only,
+            matrix,
         )
 
     def on_ranks(
@@ -107,7 +120,7 @@ class Federation:
             self.aggregator,
             comm=comm,
             rank_of_client=placement.rank_of_client,
-            mixing=_mixing_of(self.algorithm, self.clients, placement, workers, route),
+            mixing=_mixing_of(self.algorithm, self.clients, placement, workers, route, self.matrix),
             all_reduce=None,
         )
         store = ClientStore(self.clients, placement, self.store.rows)
@@ -130,9 +143,13 @@ def _mixing_of(
     placement: Placement,
     workers: Sequence[int],
     route: str,
-) -> Mixing | None:
+    matrix: MixingMatrix | None,
+) -> Mixing | NeighbourMixing | None:
     """How per-client mixes are exchanged between these ranks; None: the method has none."""
     ranks = [placement.rank_of_client[client] for client in range(len(clients))]
+    offer = clients.types[0].untrained_upload.mix
+    if matrix and offer:
+        return NeighbourMixing.of(offer, matrix, ranks, workers)
     return Mixing.of(algorithm, clients.types[0].initial, ranks, workers, route)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from ..aggregation.aggregator import Received
 from ..aggregation.flat_layout import estimate_nbytes, joint_dtype
 from .cohorts import Cohort
-from .evaluation import SCORES, Scores
+from .evaluation import Scores
 from .federation import Federation, State
 
 
@@ -27,8 +27,7 @@ def report(
     """
     unknown = np.full(len(cohort.clients), np.nan)
     if scores is None:
-        names = (*SCORES, *federation.metrics)
-        scores = Scores(dict.fromkeys(names, unknown), unknown, {})
+        scores = Scores(dict.fromkeys(federation.score_names, unknown), unknown, {})
     row: dict = {
         "train_loss": received.train_loss,
         "clients": received.trained,
@@ -74,9 +73,10 @@ def _traffic_bytes(
         width = joint_dtype([layout.dtype for layout in layouts]).itemsize
         mpi_bytes += width * sum(layout.size for layout in layouts)
     if mixing:
-        up += mixing.bytes_up * len(active)
-        down += mixing.bytes_down * len(active)
-        mpi_bytes += mixing.bytes_mpi(len(active), ranks)
+        mix_bytes = [mixing.bytes_of(client, active) for client in active]
+        up += sum(sent for sent, _ in mix_bytes)
+        down += sum(returned for _, returned in mix_bytes)
+        mpi_bytes += mixing.bytes_mpi(active, ranks)
     return {"bytes_up": up, "bytes_down": down, "bytes_mpi": mpi_bytes if ranks > 1 else 0}
 
 

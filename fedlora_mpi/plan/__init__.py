@@ -8,7 +8,7 @@ then adds up what each rank of the real placement would compute.
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, cast
@@ -17,6 +17,7 @@ import torch
 
 from ..aggregation.flat_layout import estimate_nbytes, joint_dtype
 from ..aggregation.svd import right_vectors
+from ..aggregation.topology import topology_name
 from ..algorithm import Variables
 from ..config import Config
 from ..config.experiment import Network
@@ -139,6 +140,7 @@ def plan(
     costs = _cost_lines(estimated, len(worker_ranks(config, ranks)), gpus)
     for title, text in (
         *_size_lines(estimated.assembly, ranks),
+        *_topology_lines(estimated.assembly),
         *_privacy_lines(estimated.assembly),
         *costs,
         *_origin_lines(estimated, gpus, bandwidth, latency),
@@ -176,7 +178,13 @@ def _size_lines(assembly: Assembly, ranks: int) -> list[tuple[str, str]]:
     initial, cohort = clients.types[0].initial, _cohort_size(federation)
     second_state = _second_state(federation)
     traffic = [_client_traffic(federation, t, second_state) for t in clients.types]
-    up, down = zip(*(traffic[number] for number in clients.type_of), strict=True)
+    everyone = frozenset(range(len(clients)))
+    up, down = zip(*(_add_mix(federation, c, everyone, traffic) for c in everyone), strict=True)
+    round_bytes = [sum(side) * cohort // len(clients) for side in (up, down)]
+    if federation.matrix:  # who has which neighbours in the cohort of round 1
+        members = federation.cohorts.sample(0).members
+        pairs = [_add_mix(federation, client, members, traffic) for client in members]
+        round_bytes = [sum(side) for side in zip(*pairs, strict=True)]
     aggregator = federation.aggregator
     message, message_kind = aggregator.number_bytes * aggregator.terms.size, "an allreduce"
     if aggregator.gathers:
@@ -208,9 +216,8 @@ def _size_lines(assembly: Assembly, ranks: int) -> list[tuple[str, str]]:
         ),
         (
             "round",
-            f"{cohort} of {len(clients)} clients: {format_bytes(sum(up) * cohort // len(clients))} "
-            f"up, "
-            f"{format_bytes(sum(down) * cohort // len(clients))} down; "
+            f"{cohort} of {len(clients)} clients: {format_bytes(round_bytes[0])} up, "
+            f"{format_bytes(round_bytes[1])} down; "
             + (
                 f"{message_kind} of {format_bytes(message)} per rank"
                 if ranks > 1
@@ -226,6 +233,22 @@ def _cohort_size(federation: Federation) -> int:
     if cohort.expected_size is None:
         return len(cohort.members)
     return max(1, round(cohort.expected_size))
+
+
+def _topology_lines(assembly: Assembly) -> list[tuple[str, str]]:
+    """The graph over which clients exchange; none without it."""
+    matrix, topology = assembly.federation.matrix, assembly.config.topology
+    if not (matrix and topology):
+        return []
+    degrees = [len(neighbours) for neighbours in matrix.neighbours]
+    return [
+        (
+            "topology",
+            f"{topology_name(topology)}: {sum(degrees) // 2:,} edges, "
+            f"{_range_text(degrees, str)} neighbours per client, spectral gap "
+            f"{matrix.spectral_gap:.3g}",
+        )
+    ]
 
 
 def _privacy_lines(assembly: Assembly) -> list[tuple[str, str]]:
@@ -250,7 +273,7 @@ def _privacy_lines(assembly: Assembly) -> list[tuple[str, str]]:
 def _client_traffic(
     federation: Federation, client_type: ClientType, second_state: State
 ) -> tuple[int, int]:
-    """The most bytes that such a client sends and receives in a round.
+    """The most bytes that such a client sends and receives in a round, without its mix.
 
     second_state: see ``_second_state``.
     """
@@ -271,8 +294,20 @@ def _client_traffic(
         client_type.download_nbytes(ones_like(server), ones_like(initial.shared), 0),
         client_type.download_nbytes(second_state.server, second_state.shared, 1),
     )
+    return up, down
+
+
+def _add_mix(
+    federation: Federation, client: int, members: Set[int], traffic: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """The bytes that a client of the cohort ``members`` sends and receives in a round.
+
+    traffic: these without its mix, by the number of its type.
+    """
+    up, down = traffic[federation.clients.type_of[client]]
     mixing = federation.aggregator.mixing
-    return (up + mixing.bytes_up, down + mixing.bytes_down) if mixing else (up, down)
+    mix_up, mix_down = mixing.bytes_of(client, members) if mixing else (0, 0)
+    return up + mix_up, down + mix_down
 
 
 def _second_state(federation: Federation) -> State:

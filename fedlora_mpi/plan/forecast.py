@@ -224,9 +224,9 @@ def _exchange_seconds(
         )
     if mixing := aggregator.mixing:
         per_client, per_pair = costs.mix
-        members = len(cohort.members)
-        seconds += (per_client * members + per_pair * members**2) / (
-            workers if len(mixing.owners) > 1 else 1
+        members = cohort.members
+        seconds += (per_client * len(members) + per_pair * mixing.additions(members)) / (
+            workers if len(mixing.workers) > 1 else 1
         )
         seconds += allgather(mixing.bytes_mpi(members, ranks), ranks, machine)
     return seconds

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..aggregation.client_mix import PackedMix
 from ..aggregation.exact_sum import SUM_TYPES
+from ..aggregation.neighbour_mix import NeighbourMixing
 from ..aggregation.svd import right_vectors
 from ..algorithm import Aggregate, Term, Upload
 from ..core.paths import expand_home
@@ -233,6 +234,10 @@ class _Trial:
             offers = {c: PackedMix(*(part + 1e-3 * c for part in packed)) for c in clients[:n]}
             return _median_seconds(lambda: mixing.mix(Solo(), algorithm, offers, offers, 0))
 
+        if isinstance(mixing, NeighbourMixing):  # each addition of a row takes as long
+            trial_clients = frozenset(clients[: client_counts[-1]])
+            pair = mix_seconds(len(trial_clients)) / mixing.additions(trial_clients)
+            return (0.0, pair), pair * mixing.additions(frozenset(self._stack))
         if len(client_counts) < 2:
             return (mix_seconds(len(clients)) / len(clients), 0.0), 0.0
         low, high = client_counts[0], client_counts[-1]

@@ -40,7 +40,13 @@ UNITS = {
 # logs of older versions lack these columns and continue without them
 _OPTIONAL_COLUMNS = {"rounds/nan_predictions"}
 GROUPS = ("rounds", "clients", "ranks")
-PARTITION_AXES = {"indices": ["sample"], "offsets": ["boundary"], "counts": ["client", "class"]}
+# axes of the data sets of /partition, by their names or else by the ends of these
+PARTITION_AXES = {
+    "neighbours_indices": ["neighbour"],
+    "indices": ["sample"],
+    "offsets": ["boundary"],
+    "counts": ["client", "class"],
+}
 
 
 class Log:
@@ -93,12 +99,13 @@ class Log:
         partition: Mapping[str, np.ndarray | str],
         file_texts: Mapping[str, str] | None = None,
         inventory: str = "",
+        spectral_gap: float | None = None,
     ) -> "Log":
         """Create a log without rows and return it.
 
         partition: the content of ``/partition`` (see ``pack_ragged``); file_texts: the texts of
         files in the folder, by name, whose checksums the log keeps; inventory: the JSON that
-        ``read_inventory`` reads.
+        ``read_inventory`` reads; spectral_gap: of the topology's mixing matrix, if there is one.
 
         Raises StoreError when a log exists already.
         """
@@ -116,7 +123,10 @@ class Log:
                 if isinstance(value, str):
                     group.attrs[name] = value
                 else:
-                    hdf5.write(group, name, value, PARTITION_AXES.get(name.rpartition("_")[2], ()))
+                    axes = PARTITION_AXES.get(name.rpartition("_")[2], ())
+                    hdf5.write(group, name, value, PARTITION_AXES.get(name, axes))
+            if spectral_gap is not None:
+                file.attrs["spectral_gap"] = spectral_gap
             if inventory:
                 file.attrs["inventory"] = inventory
             file.attrs["beside"] = json.dumps(

@@ -54,6 +54,10 @@ class RunFiles:
             self.config: dict[str, Any] = schema.parse_json_block(
                 schema.checked_item(attrs, "config_json", str), "config_json"
             )
+            # of the topology's mixing matrix, if there is one
+            self.spectral_gap: float | None = attrs.get("spectral_gap")
+            if not isinstance(self.spectral_gap, float | None):
+                raise StoreError(f"spectral_gap = {self.spectral_gap!r:.80}: must be a number")
             self._file_checksums = schema.parse_json_block(
                 schema.checked_item({"beside": "{}", **attrs}, "beside", str), "beside"
             )

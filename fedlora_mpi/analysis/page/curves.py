@@ -49,7 +49,7 @@ DIAGNOSIS = {
     ),
 }
 _MAX_POINTS = 150  # largest number of points of a curve in a small panel
-_BAND_NOTE = "the band is ± one sample standard deviation over seeds, where there are several"
+BAND_NOTE = "the band is ± one sample standard deviation over seeds, where there are several"
 
 
 def learning_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
@@ -57,9 +57,9 @@ def learning_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     caption = (
         "Test accuracy of each client's own model on its own test data, mean over "
         f"{count_clients(groups)} and {count_seeds(groups)}, after every evaluated round; "
-        f"{_BAND_NOTE}."
+        f"{BAND_NOTE}."
     )
-    return _line_figure(
+    return line_figure(
         "learning",
         "Learning curves",
         caption,
@@ -80,16 +80,14 @@ def score_curves(groups: Sequence[Group], looks: Looks) -> list[PageFigure]:
         label = "test loss" if name == "loss" else name
         caption = (
             f"{label} of each client's own model on its own test data, mean over the clients that "
-            f"have one and over seeds; {_BAND_NOTE}."
+            f"have one and over seeds; {BAND_NOTE}."
         )
 
         def curve(group, name=name):
             return group.curves(name)
 
         title = f"Learning curves: {label}"
-        figures.append(
-            _line_figure(f"learning-{name}", title, caption, groups, looks, curve, label)
-        )
+        figures.append(line_figure(f"learning-{name}", title, caption, groups, looks, curve, label))
     return [drawn for drawn in figures if drawn]
 
 
@@ -97,9 +95,9 @@ def loss_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     """Draw the training loss over the rounds."""
     caption = (
         "Training loss, mean over the local steps of the round's clients and over "
-        f"{count_seeds(groups)}; {_BAND_NOTE}."
+        f"{count_seeds(groups)}; {BAND_NOTE}."
     )
-    return _line_figure(
+    return line_figure(
         "loss",
         "Training loss",
         caption,
@@ -115,10 +113,10 @@ def drift_curves(groups: Sequence[Group], looks: Looks) -> PageFigure | None:
     caption = (
         "How far the clients train the shared parameters apart in a round: root mean square "
         f"distance (L2) of what they send from its mean, mean over {count_seeds(groups)}; "
-        f"{_BAND_NOTE}. A method that shares nothing has no curve."
+        f"{BAND_NOTE}. A method that shares nothing has no curve."
     )
     drifting = [g for g in groups if g.curves("drift")[1].any()]
-    return _line_figure(
+    return line_figure(
         "drift",
         "Drift of the shared part",
         caption,
@@ -165,14 +163,14 @@ def diagnosis_curves(groups: Sequence[Group], looks: Looks) -> list[PageFigure]:
     for name, (title, explanation, unit) in DIAGNOSIS.items():
         caption = (
             f"{explanation[0].upper()}{explanation[1:]}; mean over {count_seeds(groups)}. "
-            f"{_BAND_NOTE[0].upper()}{_BAND_NOTE[1:]}."
+            f"{BAND_NOTE[0].upper()}{BAND_NOTE[1:]}."
         )
 
         def curve(group, name=name):
             return group.curves(name)
 
         figures.append(
-            _line_figure(
+            line_figure(
                 name, f"LoRA diagnosis: {title}", caption, groups, looks, curve, title + unit
             )
         )
@@ -188,7 +186,7 @@ def accuracy_by_bytes(groups: Sequence[Group], looks: Looks) -> PageFigure | Non
     caption = (
         "Mean accuracy against all bytes sent up and down so far, all clients together, as float32 "
         f"in a real federation; mean over {count_clients(groups)} and {count_seeds(groups)}; "
-        f"{_BAND_NOTE}. A method that sends nothing has no curve."
+        f"{BAND_NOTE}. A method that sends nothing has no curve."
     )
     return _cost_figure(
         "bytes",
@@ -206,7 +204,7 @@ def accuracy_by_flops(groups: Sequence[Group], looks: Looks) -> PageFigure | Non
     """Draw the accuracy over the FLOPs of local training so far."""
     caption = (
         "Mean accuracy against the floating-point operations of all local training so far; mean "
-        f"over {count_clients(groups)} and {count_seeds(groups)}; {_BAND_NOTE}."
+        f"over {count_clients(groups)} and {count_seeds(groups)}; {BAND_NOTE}."
     )
 
     def compute(run):
@@ -218,7 +216,7 @@ def accuracy_by_flops(groups: Sequence[Group], looks: Looks) -> PageFigure | Non
     )
 
 
-def _line_figure(
+def line_figure(
     name: str,
     title: str,
     caption: str,

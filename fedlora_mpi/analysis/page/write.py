@@ -28,7 +28,7 @@ from ..groups import (
 )
 from ..paired import compare_leaders, missing_runs_lines, winner_lines
 from ..runs import clients_table, rounds_table
-from . import clients, curves, personal, ranks, sweeps, tables
+from . import clients, curves, personal, ranks, sweeps, tables, topology
 from .crowd import assign_looks
 from .style import PageFigure, plot_style, render_files
 from .table import Table, format_percent
@@ -123,6 +123,8 @@ def collect_content(
         ranks.seconds_by_rank(groups, look_of),
         curves.loss_curves(groups, look_of),
         curves.drift_curves(groups, look_of),
+        topology.consensus_curves(groups, look_of),
+        topology.graph_figure(groups, look_of),
         *curves.diagnosis_curves(groups, look_of),
         *low_rank_figures.figures,
         *clients.partition_figures(groups),
@@ -134,6 +136,7 @@ def collect_content(
         tables.settings_table(run_groups),
         tables.comparison_table(comparisons),
         tables.rival_table(pairs),
+        topology.topology_table(groups),
         tables.cost_table(groups),
         tables.time_table(groups),
         tables.low_rank_table(low_rank_figures.tables),
