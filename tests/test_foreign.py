@@ -114,7 +114,7 @@ def test_a_run_of_modules_that_import_torchvision(module, tmp_path):
 def test_modules_of_the_users_may_import_torchvision_and_nothing_else_does(module, tmp_path):
     module("my_method", METHOD)
     code = (
-        "import sys; from fedlora_mpi.cli import main; from fedlora_mpi.config.reading import "
+        "import sys; from fedlora_mpi.cli import main; from fedlora_mpi.config import "
         "read;from fedlora_mpi.experiment.assembly import build; from fedlora_mpi.mpi.comm import Solo; "
         f"build(read({str(TINY)!r}), 'x', Solo());assert 'torchvision' not in sys.modules;"
         "from fedlora_mpi.algorithms import find_algorithm; find_algorithm('my_method:Mine'); assert 'torchvision' in "

@@ -11,7 +11,7 @@ from fedlora_mpi import algorithms
 from fedlora_mpi.algorithm import LocalTraining, misspelt_hooks
 from fedlora_mpi.algorithms import algorithm_names, find_algorithm
 from fedlora_mpi.cli import main
-from fedlora_mpi.config.reading import ConfigError, read
+from fedlora_mpi.config import ConfigError, read
 from fedlora_mpi.core.in_place import TreeState
 from fedlora_mpi.experiment.method_trial import try_method
 from fedlora_mpi.models import zoo

@@ -22,7 +22,7 @@ from fedlora_mpi.algorithms.moon import MOON
 from fedlora_mpi.cli import main
 from fedlora_mpi.components.lowrank import LowRank, as_weight, matrix_shape, skipped_weights
 from fedlora_mpi.config import read
-from fedlora_mpi.config.reading import resolved_dict
+from fedlora_mpi.config import resolved_dict
 from fedlora_mpi.core.names import factor_name, factors_by_weight
 from fedlora_mpi.core.seeds import isolate_rng, rng
 from fedlora_mpi.models.network import Leaf, from_module

@@ -1,32 +1,36 @@
 """The config of a run: YAML files and ``key=value`` arguments become frozen dataclasses."""
 
 from .blocks import ConfigError
+from .building import method_for
 from .experiment import Config, ModelBlock, Network
-from .reading import (
+from .layers import (
     CHOICES,
     COMMAND_LINE,
-    FREE_ON_RESUME,
-    algorithm_name,
-    annotated_yaml,
-    checksummed_yaml,
-    digest,
-    flatten,
-    from_dict,
-    from_recorded,
-    has_placeholder,
-    method_for,
-    output_pattern,
     override_text,
     parse_override,
     parse_tree,
-    partition_kind,
+    source_of,
+    tree_yaml,
+)
+from .reading import (
+    annotated_yaml,
+    from_dict,
+    from_recorded,
+    has_placeholder,
+    output_pattern,
     read,
     read_recorded,
     read_recorded_rounds,
+)
+from .writing import (
+    FREE_ON_RESUME,
+    algorithm_name,
+    checksummed_yaml,
+    digest,
+    flatten,
+    partition_kind,
     resolved_dict,
     resolved_yaml,
-    source_of,
-    tree_yaml,
 )
 
 __all__ = [

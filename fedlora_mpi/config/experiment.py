@@ -1,4 +1,4 @@
-"""A whole experiment as frozen dataclasses; ``reading.py`` builds them from a YAML file."""
+"""A whole experiment as frozen dataclasses; ``building.py`` builds them from the keys of a file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
