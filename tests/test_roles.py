@@ -21,8 +21,7 @@ from fedlora_mpi.algorithms.lg_fedavg import LGFedAvg
 from fedlora_mpi.algorithms.moon import MOON
 from fedlora_mpi.cli import main
 from fedlora_mpi.components.lowrank import LowRank, as_weight, matrix_shape, skipped_weights
-from fedlora_mpi.config import read
-from fedlora_mpi.config import resolved_dict
+from fedlora_mpi.config import read, resolved_dict
 from fedlora_mpi.core.names import factor_name, factors_by_weight
 from fedlora_mpi.core.seeds import isolate_rng, rng
 from fedlora_mpi.models.network import Leaf, from_module
