@@ -52,6 +52,7 @@ from fedlora_mpi.experiment.loop import _continue_run, config_to_resume
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.store.reader import RunFiles
+from fedlora_mpi.sweeps.metric import _log_columns, metric_direction
 
 DPSGD = "algorithm=dpsgd"
 RING, COMPLETE, ALL = "topology=ring", "topology=complete", "participation=1.0"
@@ -332,7 +333,7 @@ def test_fedavg_over_a_topology_is_dpsgd():
 def test_a_method_on_a_complete_graph_is_itself_with_a_server(name):
     common = f"algorithm={name}", ALL, NORM, "rounds=2"
     if name == "fedrep":
-        common = (*common, "algorithm.weights=uniform")
+        common = (*common, "algorithm.weights=uniform", "algorithm.head_epochs=1")
     server, graph = run_rounds(*common)[0], run_rounds(*common, COMPLETE)[0]
     for a, b in zip(server, graph, strict=True):
         assert {*b.personal} == {*a.shared} | {*a.personal} and not b.shared
@@ -579,6 +580,12 @@ def test_the_rows_of_one_process_pass_no_message():
     }
     how.mix(comm, None, offers, range(7), 0)
     assert moved == [0] and how.bytes_mpi({*range(7)}, 1) == 0
+
+
+def test_a_search_may_minimise_the_consensus_distance_over_a_topology_alone():
+    assert metric_direction("consensus_distance") == "minimize"
+    for config, has_it in ((tiny_config(DPSGD, RING), True), (tiny_config(), False)):
+        assert ("consensus_distance" in _log_columns(config)) == has_it
 
 
 def test_the_command_line_overrides_a_topology(call):

@@ -18,7 +18,7 @@ is sign(v) max(|v| - alpha lam, 0), with mcp divided by 1 - alpha / theta, or v 
 BatchNorm: statistics are mixed with W. Bytes per client and round: x_i and y_i to each neighbour.
 
 Deviations: only the abstract was available: gradient tracking, its momentum in a proximal step,
-several steps between exchanges, a weakly convex h. Everything else here is a reconstruction.
+several steps between exchanges, a weakly convex h. The rest of DEPOSITUM-like is reconstructed.
 """
 
 from dataclasses import dataclass

@@ -44,4 +44,6 @@ def check_metric(metric: str, jobs: Sequence[Job]) -> None:
 def _log_columns(config: Config) -> tuple[str, ...]:
     epsilon = ("epsilon",) if config.privacy.is_differential else ()
     skipped = ("skipped",) if config.faults.non_finite == "skip" else ()
-    return (*COLUMNS, *config.evaluate.metrics, *config.algorithm.metrics, *epsilon, *skipped)
+    consensus = ("consensus_distance",) if config.topology else ()
+    metrics = *config.evaluate.metrics, *config.algorithm.metrics
+    return (*COLUMNS, *metrics, *epsilon, *skipped, *consensus)
