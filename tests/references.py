@@ -224,7 +224,7 @@ def fedbc(f: Federation, lam: float, gamma: float, alpha: float) -> Rounds:
             trained.append(w_i)
         w = average_models(trained, [lams[i] / sum(lams[j] for j in cohort) for i in cohort])
         rows = torch.tensor([lams, gammas], dtype=torch.float64).T
-        yield leaves_of(w), [{".lam.": row[0], ".gamma.": row[1]} for row in rows]
+        yield leaves_of(w), [{".own.lam": row[0], ".own.gamma": row[1]} for row in rows]
 
 
 def scaffold(f: Federation, server_lr: float) -> Rounds:

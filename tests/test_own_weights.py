@@ -14,7 +14,7 @@ from fedlora_mpi.core.tree import sq_dist
 from fedlora_mpi.engine.train import ClientResult
 from fedlora_mpi.federation.round import run_round
 
-LAM, GAMMA, GAP = ".lam.", ".gamma.", ".gap."
+LAM, GAMMA, GAP = ".own.lam", ".own.gamma", ".own.gap"
 LAMS = (0.5, 0.02, 0.0, 3.0, 0.1)
 
 

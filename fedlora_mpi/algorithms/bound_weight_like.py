@@ -38,12 +38,12 @@ from ..core.bounds import bounded
 from ..core.names import method_leaf_name
 from ..models.network import Model
 
-_GAP, _SMALLEST_GAP = method_leaf_name("gap"), 1e-6
+_GAP, _SMALLEST_GAP = method_leaf_name("own", "gap"), 1e-6
 
 
 @dataclass(frozen=True)
 class BoundWeightLike(OwnWeights):
-    """The personal leaf "gap" is U - L of the client's last round."""
+    """The personal leaf "own.gap" is U - L of the client's last round."""
 
     needs_class_labels = True
     # [Hellinger distance] largest shift of the data; default: our choice, as the paper's is unknown

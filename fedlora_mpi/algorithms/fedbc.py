@@ -36,12 +36,12 @@ from ..core.names import method_leaf_name
 from ..core.tree import sq_dist
 from ..models.network import Model
 
-_LAM, _GAMMA = method_leaf_name("lam"), method_leaf_name("gamma")
+_LAM, _GAMMA = method_leaf_name("own", "lam"), method_leaf_name("own", "gamma")
 
 
 @dataclass(frozen=True)
 class FedBC(OwnWeights):
-    """The personal leaf "lam" is lam_i; with ``learn_gamma``, "gamma" is gamma_i."""
+    """The personal leaf "own.lam" is lam_i; with ``learn_gamma``, "own.gamma" is gamma_i."""
 
     lam: float = 0.0  # [1] lam_i of every client before round 1; default: the authors' code
     gamma: float = 0.0  # [||w||^2] gamma_i before round 1; default: the authors' code

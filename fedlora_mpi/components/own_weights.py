@@ -10,7 +10,7 @@ from ..core.tree import Tree
 
 # a power of two: a product with it is exact
 LEAST = 2.0**-40
-_WEIGHT = method_leaf_name("weight")
+_WEIGHT = method_leaf_name("own", "weight")
 
 
 @dataclass(frozen=True)
