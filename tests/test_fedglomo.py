@@ -94,7 +94,11 @@ def test_the_gradients_of_both_points_have_the_same_noise():
     made = small.make_trainer(algorithm, "noisy_net")
     model, received = made.model, algorithm.receive(small.initial_variables(made).shared)
     batch = Batch(
-        torch.ones(4, *small.SHAPE), torch.arange(4), None, torch.tensor(7), torch.ones(6)
+        torch.randn(4, *small.SHAPE, generator=rng(1, "images")),
+        torch.arange(4),
+        None,
+        torch.tensor(7),
+        torch.ones(6),
     )
     for begun in (0.0, 1.0):
         shared = {n: torch.tensor(begun) if ".begun." in n else v for n, v in received.items()}

@@ -120,10 +120,12 @@ def test_without_drawn_features_it_is_fedavg_to_the_bit(network, stacked):
     assert small.trees_equal({n: v for n, v in ours.items() if not is_method_leaf(n)}, fedavg)
 
 
-def loss_of(algorithm, shared, batch, round_=0, network="linear_net"):
-    """The loss of one step, and the client's shared variables after it."""
-    model = small.make_model(network)
-    now = {n: v.clone() for n, v in shared.items()}
+def loss_of(algorithm, shared, batch, round_=0, **moved):
+    """The loss of one step, and the client's shared variables after it; ``moved``: leaves that have
+    moved since they arrived.
+    """
+    model = small.make_model("linear_net")
+    now = {n: v.clone() for n, v in (shared | moved).items()}
     loss = algorithm.local(model, small.TRAIN, round_)[0].steps[0].loss
     return float(loss(Variables(now, {}), Variables(shared, {}), batch)), now
 
@@ -171,7 +173,8 @@ def test_draws_are_of_the_moments_that_arrived_and_the_client_follows_its_own():
         near(now[SPREADS][c], 0.25 * shared[SPREADS][c] + 0.75 * h.var(0, correction=0))
     for c in (0, 2, 3, 5):
         assert torch.equal(now[MEANS][c], shared[MEANS][c])
-    assert first == pytest.approx(loss_of(algorithm, shared, batch)[0])
+    moved = {leaf: shared[leaf] + 1 for leaf in (MEANS, SPREADS)}
+    assert first == pytest.approx(loss_of(algorithm, shared, batch, **moved)[0])
 
 
 def test_the_code_keeps_the_moments_of_the_last_batch_with_two_samples_of_a_class():

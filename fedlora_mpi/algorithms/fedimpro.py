@@ -51,8 +51,8 @@ class FedImpro(Weighting):
     """The shared leaves "feature.means" and "feature.spreads" are mu and sigma of all classes."""
 
     needs_class_labels = True
-    # name of the module whose output is h, "": what enters the head; default: our choice, which
-    # every network has
+    # name of the module whose output is h, in quotes if it is a number; "": what enters the head;
+    # default: our choice, which every network has
     split: str = ""
     # the paper's equations, or the authors' code; default: the paper
     variant: Literal["paper", "code"] = "paper"
