@@ -485,6 +485,8 @@ ROUND_TRIPS = [
     ["train.lr=1e-9", "train.weight_decay=5e-4", "engine.group_size=8"],
     ["output='out, {seed}: #1'"],
     ["output=out/é"],
+    ["algorithm=dpsgd", "topology=ring"],
+    ["algorithm=dpsgd", "topology={name: random, probability: 0.5}"],
 ]
 
 
