@@ -5,9 +5,9 @@
 SETTINGS = {
     "aggregation_broadcast": ("train.lr=0.02",),  # as fedex_lora
     "fedavg_ft": ("algorithm.ft_epochs=1", "train.lr=0.01"),  # by 0.05 it is right at once
-    # the entropy of what is taught counts in the loss, from round 2 on
     "depositum_like": ("topology=ring", "train.momentum=0", "train.lr=0.1"),
     "dpsgd": ("topology=ring",),
+    # the entropy of what is taught counts in the loss, from round 2 on
     "fd": ("algorithm.gamma=0.1",),
     "fed_talora": ("train.lr=0.02",),  # as fedex_lora
     "fedapen": ("algorithm.small=user_parts:with_norm",),

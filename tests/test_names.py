@@ -47,6 +47,8 @@ SMALL = (
 SETTINGS = {
     **dict.fromkeys(("fml", "fedkd", "fedapen"), ("algorithm.small=user_parts:wide",)),
     **dict.fromkeys(("scaffold", "pfedme", "fedglomo"), ("train.momentum=0",)),
+    "dpsgd": ("topology=ring",),
+    "depositum_like": ("topology=ring", "train.momentum=0", "train.weight_decay=0"),
     "fedrep": ("algorithm.head_epochs=0",),
     **dict.fromkeys(("fedlora", "local_lora", "fedavg_lora"), ("algorithm.order=simultaneous",)),
     "fedala": ("algorithm.start_epochs=1",),
