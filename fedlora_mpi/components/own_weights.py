@@ -1,5 +1,6 @@
 """A mean in which each client counts with a weight that it computes and uploads itself."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,9 +25,9 @@ class OwnWeights(Algorithm):
     weights = "uniform"
     metrics = ("mean_weight",)
 
+    @abstractmethod
     def own_weight(self, v: Variables) -> Tensor:
         """a_i >= 0 of a client with these variables after its round, []."""
-        raise NotImplementedError
 
     def upload(self, start: Variables, end: Variables, round_: int) -> Upload:
         return Upload(end.shared | {_WEIGHT: self.own_weight(end)})
