@@ -8,7 +8,7 @@ set (``features``), the MLP is 256-128-classes, pretrained on the features that 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..store.reader import RunFiles
 from . import paper
 from .backbones import make_backbone
 from .features import WIDTH, write_features
-from .fedhl_table import logged_means, lora_entries
+from .fedhl_table import logged_means, lora_entries, text_difference
 from .grid import Case, Entry, Scale, Table, Tuning
 from .results import LATE_ROUNDS, Result
 from .sheet import Cell, Sheet, format_accuracy, format_difference, seed_stat, spread_note
@@ -83,8 +83,7 @@ class ShiftCase(Case):
 
     @property
     def data_difference(self) -> str:
-        is_partial = self.data == "ag_news" and self.train_file != "train.csv"
-        return f"training texts of {self.train_file} (full scale all 120,000)" if is_partial else ""
+        return text_difference(self.data, self.train_file)
 
     def scale_sizes(self, scale: str) -> Scale:
         return FULL_SCALE if scale == "full" else SMALL_SCALE
@@ -124,10 +123,10 @@ class ShiftCase(Case):
     def prepare(self, root: str, download: bool, report: Callable[[str], None]) -> None:
         if not self.features.exists():
             report(f"{self.features}: {WIDTH} features of each sample of {self.data}")
-            text = Text(vocabulary=20000, length=128, train=self.train_file)
             source = Source(self.data, root=root, download=download)
             if self.data == "ag_news":
-                source = Source(self.data, root=root, download=download, text=text)
+                text = Text(vocabulary=20000, length=128, train=self.train_file)
+                source = replace(source, text=text)
             write_features(source, self.features, self.folder.parent)
         data = {"dataset": "npz", "path": str(self.features)}
         model = {"name": "mlp", "hidden": HIDDEN}

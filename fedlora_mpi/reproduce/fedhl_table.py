@@ -76,6 +76,12 @@ BACKBONES: dict[str, dict[str, Backbone]] = {
 WIDTHS = ("narrow", "wide")
 
 
+def text_difference(data: str, train_file: str) -> str:
+    """How the training texts differ from those of full scale; "" if they do not."""
+    is_partial = data == "ag_news" and train_file != "train.csv"
+    return f"training texts of {train_file} (full scale all 120,000)" if is_partial else ""
+
+
 @dataclass(frozen=True)
 class FineTuningCase(Case):
     """``folder`` holds the backbones. ``train_file`` is the file with the training texts in the
@@ -110,8 +116,7 @@ class FineTuningCase(Case):
 
     @property
     def data_difference(self) -> str:
-        is_partial = self.data == "ag_news" and self.train_file != "train.csv"
-        return f"training texts of {self.train_file} (full scale all 120,000)" if is_partial else ""
+        return text_difference(self.data, self.train_file)
 
     def scale_sizes(self, scale: str) -> Scale:
         return FULL_SCALE if scale == "full" else SMALL_SCALE
