@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlora_mpi.aggregation.topology import mixing_matrix
 from fedlora_mpi.algorithm import LocalTraining
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import tmap
@@ -170,6 +171,7 @@ def make_experiment(
     group_size=None,
     same_sample=False,
     samples=None,
+    topology=None,
     **how,
 ):
     """(Federation, State before round 1) of a whole federation in this process.
@@ -201,7 +203,8 @@ def make_experiment(
         0, groups, (1.0,) * len(groups), (0,) * len(groups), group_size or len(sizes), type_of
     )
     cohorts = Cohorts((Clients(types, type_of, tuple(sizes), weights),), 1, participation)
-    federation = Federation.build(algorithm, Solo(), cohorts, placement)
+    matrix = topology and mixing_matrix(topology, len(sizes))
+    federation = Federation.build(algorithm, Solo(), cohorts, placement, matrix=matrix)
     return federation, initial_state(Assembly(None, federation, None, SHAPE, ""))
 
 

@@ -20,6 +20,7 @@ from tiers import thorough_param
 from fedlora_mpi import algorithms
 from fedlora_mpi import config as configs
 from fedlora_mpi.aggregation.exact_sum import ExactSum, FastSum
+from fedlora_mpi.aggregation.topology import Ring
 from fedlora_mpi.algorithm import Phase, Step
 from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.core.batch import cross_entropy
@@ -52,10 +53,16 @@ def machine():
 
 def made(name, stacked=True, network="bn_net", device=small.CPU, sizes=small.SIZES):
     """(Federation, State before round 1) of ragged clients on ``device``."""
-    extra = {"momentum": 0.0, "lr": 0.02} if name in ("scaffold", "pfedme") else {"lr": 0.02}
-    train = replace(small.TRAIN, **extra)
+    plain = ("scaffold", "pfedme", "fedglomo", "depositum_like")
+    train = replace(small.TRAIN, lr=0.02, **({"momentum": 0.0} if name in plain else {}))
+    topology = Ring() if name in ("dpsgd", "depositum_like") else None
     federation, state = small.make_experiment(
-        algorithms.find_algorithm(name)(), network, sizes, stacked=stacked, train=train
+        algorithms.find_algorithm(name)(),
+        network,
+        sizes,
+        stacked=stacked,
+        train=train,
+        topology=topology,
     )
     if device == small.CPU:
         return federation, state

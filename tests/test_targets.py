@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from methods import overrides_for
 from runs import TINY, build_tiny, run_rounds, snapshots_equal, tiny_config
 from sklearn.metrics import roc_auc_score
 
@@ -248,7 +249,8 @@ def test_a_loss_without_a_rule_for_vmap_trains_one_by_one_with_a_hint(capsys):
     ],
 )
 def test_a_method_that_needs_no_classes_trains_on_numbers(name):
-    row = last_round(*NUMBERS, *ONE_ROUND, f"algorithm={name}", "train.momentum=0").row
+    overrides = [o for o in overrides_for(name) if not o.startswith("train.")]
+    row = last_round(*NUMBERS, *ONE_ROUND, *overrides, "train.momentum=0").row
     assert np.isfinite([row["train_loss"], row["loss"]]).all()
 
 

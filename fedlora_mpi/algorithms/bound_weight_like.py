@@ -87,7 +87,7 @@ class BoundWeightLike(OwnWeights):
             return (z.argmax(1)[:, None] != torch.arange(z.shape[1], device=z.device)).to(z)
         q = z.softmax(1)
         half = (1 + q) / 2
-        bits = (torch.xlogy(q, q) / 2 - half * half.log()) / torch.log(q.new_tensor(2.0))
+        bits = q * q.clamp(min=torch.finfo(q.dtype).tiny).log2() / 2 - half * half.log2()
         return ((1 - q) / 2 + bits).clamp(0, 1)
 
     def own_weight(self, v: Variables) -> Tensor:
