@@ -73,7 +73,7 @@ class BoundWeightLike(OwnWeights):
         """m and v over a client's samples, [] float64 each."""
 
         def powers(x: Tensor) -> Tensor:
-            X = self.losses(logits(x)).double().square()
+            X = self.label_losses(logits(x)).double().square()
             return torch.cat([X, X.square()], 1)
 
         first, second = client_class_means(powers, data).chunk(2, 1)  # [classes, classes]
@@ -81,7 +81,7 @@ class BoundWeightLike(OwnWeights):
         m = shares @ first.diagonal()  # on the diagonal a sample meets its own label
         return m, (shares @ second.diagonal() - m.square()).clamp(min=0)
 
-    def losses(self, z: Tensor) -> Tensor:
+    def label_losses(self, z: Tensor) -> Tensor:
         """l of the logits z [B, classes] for each label, [B, classes]."""
         if self.score == "error":
             return (z.argmax(1)[:, None] != torch.arange(z.shape[1], device=z.device)).to(z)
