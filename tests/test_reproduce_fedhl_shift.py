@@ -18,10 +18,12 @@ from fedlora_mpi.reproduce import features
 from fedlora_mpi.reproduce import fedhl_shift_table as shift
 from fedlora_mpi.reproduce.fedhl_shift_table import KEYS, RANKS, RATES, TABLE_NAME, ShiftCase
 from fedlora_mpi.reproduce.grid import Tuning, make_job
+from fedlora_mpi.reproduce.paper import Accuracy
 from fedlora_mpi.reproduce.registry import TABLES, table_entries
 from fedlora_mpi.reproduce.request import Request
 from fedlora_mpi.reproduce.results import Result
 from fedlora_mpi.reproduce.sheet import Cell
+from fedlora_mpi.reproduce.tuned_sheet import format_gain
 from fedlora_mpi.reproduce.tuning import choose_rates, trial_entries
 
 OUT = Path("/out/fedhl_shift")
@@ -230,4 +232,4 @@ def test_trials_choose_a_rate_and_its_runs_follow(in_process, tmp_path, monkeypa
 
 
 def test_an_unknown_number_is_a_dash():
-    assert shift.format_gain(shift.paper.Accuracy(nan, nan)) == "-"
+    assert format_gain(Accuracy(nan, nan)) == "-"

@@ -20,6 +20,7 @@ TABLES = {  # table -> description
     "pfedlora": "accuracy and cost of the pFedLoRA paper: clients with networks of their own",
     "fedhl": "LoRA of clients' own ranks on a backbone that is made here",
     "fedhl_shift": "LoRA of clients' own ranks where the needed update has a high rank",
+    "neighbours": "methods named beside FedHL, under strong label skew",
 }
 ONE_OR_MORE: dict[str, Any] = {"nargs": "+", "default": ()}
 _NUMBERS: dict[str, Any] = ONE_OR_MORE | {"type": int}
@@ -47,6 +48,7 @@ OPTIONS = (
         {
             "table6": "of ag_news (default ag_news)",
             "pfedlora": "of cifar10, cifar100 (default cifar10)",
+            "neighbours": "of cifar10, cifar100 (default cifar10)",
             **dict.fromkeys(_FHL, "of cifar10, ag_news (default both)"),
             "": "of cifar10, cifar100, tiny_imagenet (default cifar10)",
         },
@@ -60,10 +62,11 @@ OPTIONS = (
             "fedhl": "of the Dirichlet split (default 0.5)",
             "fedhl_shift": "of the Dirichlet split (default inf 0.5; inf: independent and "
             "identically distributed)",
+            "neighbours": "of the Dirichlet split (default 0.05 0.1)",
             "": "of the Dirichlet split (default 0.1)",
         },
         ONE_OR_MORE | {"type": float},
-        (*FEDLORA_TABLES, "table6", *_FHL),
+        (*FEDLORA_TABLES, "table6", *_FHL, "neighbours"),
     ),
     Option(
         "--text-train",
@@ -73,7 +76,10 @@ OPTIONS = (
     ),
     Option(
         "--seeds",
-        {"fedhl_shift": "default: 1 2 3", "": "default: 1 2 3, at small scale 1"},
+        {
+            **dict.fromkeys(("fedhl_shift", "neighbours"), "default: 1 2 3"),
+            "": "default: 1 2 3, at small scale 1",
+        },
         _NUMBERS | {"metavar": "SEED"},
     ),
     Option(
@@ -83,7 +89,8 @@ OPTIONS = (
         "--methods",
         {
             **dict.fromkeys(
-                ("table1", "table6", "pfedlora"), "rows of the table, or any algorithm"
+                ("table1", "table6", "pfedlora", "neighbours"),
+                "rows of the table, or any algorithm",
             ),
             "": "rows of the table",
         },

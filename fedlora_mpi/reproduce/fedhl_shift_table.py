@@ -21,10 +21,11 @@ from ..store.reader import RunFiles
 from . import paper
 from .backbones import make_backbone
 from .features import WIDTH, write_features
-from .fedhl_table import logged_means, lora_entries, text_difference
+from .fedhl_table import LOGGED_COLUMNS, lora_entries, text_difference
 from .grid import Case, Entry, Scale, Table, Tuning
-from .results import LATE_ROUNDS, Result
-from .sheet import Cell, Sheet, format_accuracy, format_difference, seed_stat, spread_note
+from .results import Result
+from .sheet import Cell, Sheet, spread_note
+from .tuned_sheet import late_note, rate_note, tuned_sheet
 
 TABLE_NAME = "fedhl_shift"
 RANKS = {  # client k has the (k mod 10)-th rank
@@ -37,7 +38,7 @@ FULL_SCALE = Scale(clients=100, train=500, test=100, batch_size=20, epochs=1, ro
 # Eight cases of 9 methods, with 4 learning rates and 3 seeds: 504 runs, 50 minutes on two cores.
 SMALL_SCALE = Scale(clients=10, train=1000, test=200, batch_size=20, epochs=1, rounds=40)
 RATES = (0.002, 0.005, 0.01, 0.02)
-TUNING_SEED = 1000
+TUNING = Tuning(RATES, 1000)
 KEYS = (
     "flexlora",
     "fedhl",
@@ -147,7 +148,8 @@ def shift_cases(
 
 
 def _entries(case: ShiftCase, scale: Scale) -> Iterator[Entry]:
-    return lora_entries(KEYS, RANKS[case.ranks], full=[], layers=["1.weight"])
+    for entry in lora_entries(KEYS, RANKS[case.ranks], full=[], layers=["1.weight"]):
+        yield replace(entry, label=LABELS.get(entry.key, entry.label))
 
 
 TABLES = {
@@ -158,7 +160,7 @@ TABLES = {
         f"turned by one random rotation; MLP {WIDTH}-{HIDDEN}-classes pretrained on features that "
         "are not turned; LoRA of its first weight alone, s = 1; of the paper only the abstract "
         "could be had",
-        tuning=Tuning(RATES, TUNING_SEED),
+        tuning=TUNING,
     )
 }
 
@@ -171,59 +173,18 @@ def shift_sheet(
     seeds: int,
     results: Mapping[str, Sequence[Result]],
 ) -> Sheet:
-    """A row for each method: accuracy in the last rounds, its difference from FlexLoRA's, and the
-    logged numbers that explain it.
-    """
-    header = ("", "lr", "seeds", "late", "- FlexLoRA", "effective clients", "truncation", "bias")
-    rows, records = [header], []
-    base = {r.job.seed: r.late for r in results.get("flexlora", ())}
-    for cell in cells:
-        found = results[cell.entry.key]
-        late = seed_stat([r.late for r in found])
-        gain = seed_stat([r.late - base[r.job.seed] for r in found if r.job.seed in base])
-        logged = logged_means(found)
-        rows.append(
-            (
-                LABELS.get(cell.entry.key, cell.entry.label),
-                "-" if cell.entry.lr is None else f"{cell.entry.lr:g}",
-                f"{cell.num_seeds}/{seeds}",
-                format_accuracy(late),
-                format_gain(gain),
-                f"{logged['effective_clients']:.3g}",
-                f"{logged['lora_truncation']:.3g}",
-                f"{logged['lora_bias']:.3g}",
-            )
-        )
-        records.append(
-            {
-                "entry": cell.entry.key,
-                "label": cell.entry.label,
-                "lr": np.nan if cell.entry.lr is None else cell.entry.lr,
-                "seeds": cell.num_seeds,
-                "late_mean": late.mean,
-                "late_std": late.std,
-                "gain_mean": gain.mean,
-                "gain_std": gain.std,
-                **logged,
-            }
-        )
+    """The table of a case, beside FlexLoRA. Its first note says whether the claim can show."""
+    (base,) = lora_entries(("flexlora",), ())
     explanations = [
         _share_note(results.get("fedhl-samples", ())),
-        f"late: accuracy in % of the server's model, mean over the clients' test data and over the "
-        f"last {LATE_ROUNDS} rounds; - FlexLoRA: the mean difference between equal seeds; the "
-        "other columns: means over the rounds, as `diagnose` explains them",
-        f"lr: of {', '.join(f'{rate:g}' for rate in RATES)} the best in the last rounds with seed "
-        f"{TUNING_SEED}",
+        late_note(base, "the server's model")
+        + "; the other columns: means over the rounds, as `diagnose` explains them",
+        rate_note(TUNING),
         f"the paper: ahead of the best other method by {paper.FEDHL}",
         spread_note(seeds, "the paper's could not be had"),
+        *notes,
     ]
-    return Sheet(title, caution, [*explanations, *notes], rows, records)
-
-
-def format_gain(value: paper.Accuracy) -> str:
-    """A mean difference with its standard deviation as text; "-" where unknown."""
-    spread = "" if np.isnan(value.std) else f" ± {value.std:.2f}"
-    return format_difference(value.mean) + spread
+    return tuned_sheet(title, caution, explanations, cells, seeds, results, base, LOGGED_COLUMNS)
 
 
 def _share_note(results: Sequence[Result]) -> str:

@@ -19,6 +19,7 @@ from .backbones import make_backbone
 from .grid import Case, Entry, Scale, Table
 from .results import Result
 from .sheet import Cell, Sheet, csv_record, format_accuracy, format_difference, spread_note
+from .tuned_sheet import logged_means
 
 TABLE_NAME = "fedhl"
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)  # client k has the (k mod 10)-th rank
@@ -184,7 +185,8 @@ def lora_entries(
     keys: Iterable[str], ranks: Sequence[int], participation: float = 1.0, **settings: Any
 ) -> Iterator[Entry]:
     """An entry for each key of ``METHODS``, with s = 1 for all ranks and with ``settings``."""
-    common = {"lora_ranks": list(ranks), "alpha": float(max(ranks)), "diagnose": True, **settings}
+    alpha = float(max(ranks, default=1))
+    common = {"lora_ranks": list(ranks), "alpha": alpha, "diagnose": True, **settings}
     for key in keys:
         label, own = METHODS[key]
         block = {"name": key.partition("-")[0], **common, **own}
@@ -219,7 +221,10 @@ def fedhl_sheet(
     rows = [("", "seeds", "best", "last", "MB up", "MB down", *LOGGED_COLUMNS.values())]
     records = []
     for cell in cells:
-        traffic, logged = _traffic(results[cell.entry.key]), logged_means(results[cell.entry.key])
+        traffic, logged = (
+            _traffic(results[cell.entry.key]),
+            logged_means(results[cell.entry.key], LOGGED_COLUMNS),
+        )
         numbers = [f"{number:.4g}" for number in (*traffic.values(), *logged.values())]
         rows.append(
             (
@@ -253,14 +258,6 @@ def _traffic(results: Sequence[Result]) -> dict[str, float]:
     return {
         f"megabytes_{direction}": float(mean_megabytes(f"bytes_{direction}"))
         for direction in ("up", "down")
-    }
-
-
-def logged_means(results: Sequence[Result]) -> dict[str, float]:
-    """The columns of ``LOGGED_COLUMNS``: the mean over rounds and seeds."""
-    return {
-        name: float(np.mean([r.rounds[name] for r in results])) if results else np.nan
-        for name in LOGGED_COLUMNS
     }
 
 

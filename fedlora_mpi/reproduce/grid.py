@@ -114,6 +114,7 @@ class Entry:
     participation: float = 1.0
     lr: float | None = None  # None: that of the case
     non_finite: Literal["stop", "skip"] = "stop"  # the config key ``faults.non_finite``
+    topology: str | None = None  # the config key ``topology``
 
 
 class Job(NamedTuple):
@@ -187,6 +188,7 @@ def make_job(
             **case.optimizer,
             **({} if entry.lr is None else {"lr": entry.lr}),
         },
+        "topology": entry.topology,
         "faults": {"non_finite": entry.non_finite},
         "checkpoint": {"every": 10, "keep": 1},  # few, since a grid of runs fills a disk
     }

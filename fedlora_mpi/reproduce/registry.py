@@ -8,10 +8,18 @@ from . import agnews_row as agnews
 from . import fedhl_shift_table as shift
 from . import fedhl_table as fedhl
 from . import fedlora_tables as fedlora
+from . import neighbours_table as neighbours
 from . import pfedlora_table as pfedlora
 from .grid import Case, Entry, Scale
 
-TABLES = fedlora.TABLES | agnews.TABLES | pfedlora.TABLES | fedhl.TABLES | shift.TABLES
+TABLES = (
+    fedlora.TABLES
+    | agnews.TABLES
+    | pfedlora.TABLES
+    | fedhl.TABLES
+    | shift.TABLES
+    | neighbours.TABLES
+)
 
 
 def table_entries(name: str, case: Case, scale: Scale, methods: Sequence[str] = ()) -> list[Entry]:

@@ -9,9 +9,11 @@ from ..core.paths import expand_home
 from . import agnews_row as agnews
 from . import fedhl_shift_table as shift
 from . import fedhl_table as fedhl
+from . import neighbours_table as neighbours
 from .fedlora_tables import DATASETS, DirichletCase
 from .grid import Case
 from .pfedlora_table import PARTICIPATION, TABLE_NAME, ClientCounts
+from .registry import TABLES
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Request:
     """The command line. An empty sequence, "" or None means the default.
 
     data: cifar10; for ``table6`` ag_news; for ``fedhl`` and ``fedhl_shift`` both. alpha: 0.1; for
-    ``table6`` 1.0; for ``fedhl`` 0.5; for ``fedhl_shift`` 0.5 and inf; not for ``pfedlora``.
+    ``table6`` 1.0; for ``fedhl`` 0.5; for ``fedhl_shift`` 0.5 and inf; for ``neighbours`` 0.05 and
+    0.1; not for ``pfedlora``.
     text_train: a file in AG_NEWS, for tables that may read it. width and participation: only for
     ``fedhl``; lora_ranks: only for ``fedhl_shift``; default all. clients, homogeneous, classes,
     samples, adapter, adapter_rank and target (per cent): only for ``pfedlora``; clients by default
@@ -42,7 +45,7 @@ class Request:
     participation: Sequence[float] = ()
     lora_ranks: Sequence[str] = ()
     target: Sequence[float] = ()
-    seeds: Sequence[int] = ()  # default: 1, 2, 3; at small scale 1, but for ``fedhl_shift``
+    seeds: Sequence[int] = ()  # default: 1, 2, 3; at small scale 1, unless rates are tuned
     rounds: int | None = None
     methods: Sequence[str] = ()
     scale: str = "small"
@@ -81,9 +84,9 @@ class Request:
         for name, choice in disallowed.items():
             if choice:
                 raise ValueError(f"--{name}: {self.table} has no such choice; leave it out")
-        if self.table == shift.TABLE_NAME and shift.TUNING_SEED in self.seeds:
+        if (tuning := TABLES[self.table].tuning) and tuning.seed in self.seeds:
             raise ValueError(
-                f"--seeds = {shift.TUNING_SEED}: with it the learning rates are chosen; give others"
+                f"--seeds = {tuning.seed}: with it the learning rates are chosen; give others"
             )
 
     @property
@@ -115,6 +118,8 @@ class Request:
             file = self.text_train or agnews.TRAIN_FILE
             folder = self.table_folder
             return shift.shift_cases(self.data, self.lora_ranks, self.alpha, folder, file)
+        if self.table == neighbours.TABLE_NAME:
+            return neighbours.skew_cases(self.data, self.alpha)
         datasets = self.data or ("cifar10",)
         if self.table == TABLE_NAME:
             clients = self.clients or (tuple(PARTICIPATION) if self.is_full_scale else (10,))
@@ -137,7 +142,7 @@ class Request:
 
     @property
     def run_seeds(self) -> Sequence[int]:
-        has_three = self.scale != "small" or self.table == shift.TABLE_NAME
+        has_three = self.scale != "small" or TABLES[self.table].tuning
         return self.seeds or ((1, 2, 3) if has_three else (1,))
 
     def rounds_for(self, case: Case) -> int:

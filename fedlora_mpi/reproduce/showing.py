@@ -10,6 +10,7 @@ from ..store.files import write_atomic
 from . import costs, picture, sheet
 from . import fedhl_shift_table as shift
 from . import fedhl_table as fedhl
+from . import neighbours_table as neighbours
 from .grid import Case, Job
 from .paper import CLAIMS
 from .pfedlora_table import PAPER_TARGET, TABLE_NAME
@@ -100,6 +101,8 @@ def _make_sheets(
         return {"": fedhl.fedhl_sheet(title, caution, notes, cells, seeds, results)}
     if request.table == shift.TABLE_NAME:
         return {"": shift.shift_sheet(title, caution, notes, cells, seeds, results)}
+    if request.table == neighbours.TABLE_NAME:
+        return {"": neighbours.skew_sheet(title, caution, notes, cells, seeds, results)}
     if request.table == "table2":
         return {"": sheet.lora_rank_sheet(title, caution, notes, cells, seeds)}
     return {
