@@ -356,7 +356,8 @@ def test_a_wheel_has_the_configs_and_an_editable_install_wins_over_the_clones_fo
     )
     env = process_environment()
     env.pop("PYTHONPATH", None)
-    line = [sys.executable, tmp_path / "work/script.py"]
+    # without the packages of this Python, where a clone may be installed the same way
+    line = [sys.executable, "-S", tmp_path / "work/script.py"]
     shown = subprocess.run(line, env=env, text=True, capture_output=True, check=True)
     assert shown.stdout == f"{clone}/fedlora_mpi/__init__.py\n"
 

@@ -362,7 +362,9 @@ def test_an_array_without_slurm_is_refused_before_anything_is_written(call, tmp_
 
 
 @pytest.mark.thorough
-def test_ctrl_c_ends_the_runs_after_their_round_and_the_same_command_goes_on(tmp_path):
+def test_ctrl_c_ends_the_runs_after_their_round_and_the_same_command_goes_on(
+    tmp_path, interruptible
+):
     command = command_line("sweep", TINY, "seed=1,2", "rounds=400", "output=s", "--jobs", "1")
     env = process_environment()
     sweep = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
