@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar
 
+from .fedlora_tables import DirichletCase
 from .grid import Case, Entry, Scale, Table, Tuning
 from .results import Result
 from .sheet import Cell, Sheet, spread_note
@@ -41,30 +42,17 @@ _ON_RING = ("dpsgd", "depositum_like")
 
 
 @dataclass(frozen=True)
-class SkewCase(Case):
-    """``alpha`` is that of the Dirichlet split."""
+class SkewCase(DirichletCase):
+    """A Dirichlet split, with a network and training of this table."""
 
-    alpha: float
     full_scale_source: ClassVar[str] = "full scale"
 
     def __post_init__(self) -> None:
         if self.data not in DATASETS:
             raise ValueError(f"--data = {self.data}: {TABLE_NAME} has {', '.join(DATASETS)}")
 
-    @property
-    def name(self) -> str:
-        return f"{self.data}-alpha{self.alpha:g}"
-
-    @property
-    def description(self) -> str:
-        return f"{self.data}, alpha {self.alpha:g}"
-
     def scale_sizes(self, scale: str) -> Scale:
         return FULL_SCALE if scale == "full" else SMALL_SCALE
-
-    @property
-    def split(self) -> dict[str, Any]:
-        return {"kind": "dirichlet_client", "alpha": self.alpha}
 
     @property
     def model(self) -> dict[str, Any]:
