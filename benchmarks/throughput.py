@@ -74,8 +74,8 @@ def bare_loop(built, clients: list[int]) -> tuple[float, nn.Module]:
         size = feed.train_size(client)
         for epoch in range(settings.epochs):
             batches = feed.epoch([client], 0, epoch)
-            for first in range(0, size, settings.batch_size):
-                batch = batches.batch(1, first, min(settings.batch_size, size - first))
+            for at in range(0, size, settings.batch_size):
+                batch = batches.batch(1, at, min(settings.batch_size, size - at))
                 optimizer.zero_grad()
                 loss = nn.functional.cross_entropy(module(batch.x[0]), batch.y[0])
                 loss.backward()

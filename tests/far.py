@@ -140,8 +140,10 @@ def patch_cuda(machine, monkeypatch):
         def __enter__(self):
             machine.tape = self.graph.tape = []
 
-        def __exit__(self, *_):
+        def __exit__(self, error_type, *_):
             machine.tape = None
+            if error_type:  # as CUDA says it, while the error itself becomes the context
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     class Stream:
         def wait_stream(self, other):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import far
 import pytest
 import small
 import torch
+import torch.nn.functional as F
 from methods import SETTINGS
 from runs import NORM, run_rounds, snapshots_equal, tiny_config
 from tiers import thorough_param
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlora_mpi import algorithms
 from fedlora_mpi import config as configs
@@ -28,7 +31,8 @@ from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.engine import graphs as recording
 from fedlora_mpi.engine.device import choose_path
 from fedlora_mpi.engine.graphs import CudaGraph, GraphCache
-from fedlora_mpi.engine.memory import MemoryBudget, stack_capacity
+from fedlora_mpi.engine.half import bfloat16_forward
+from fedlora_mpi.engine.memory import MemoryBudget, is_memory_error, stack_capacity
 from fedlora_mpi.engine.settings import Engine
 from fedlora_mpi.engine.train import Trainer
 from fedlora_mpi.engine.walk import PhaseRunner
@@ -199,23 +203,25 @@ def test_epochs_that_are_played_again_have_the_bits_of_the_steps(name, monkeypat
 RECORDED = [
     ("fedlora", False, "cnn"),
     ("fedavg", True, "bn_net"),
+    ("fedcac", True, "cnn"),  # a leaf of truth values
     thorough_param("fedlora", False, "bn_net"),
     thorough_param("fedlora", True, "bn_net"),
 ]
-RECORDED += [thorough_param(name, True, "bn_net") for name in METHODS[2:]]
+RECORDED += [thorough_param(name, True, "bn_net") for name in algorithms.algorithm_names()]
 
 
 @pytest.mark.parametrize("name, stacked, network", RECORDED)
 def test_a_recording_of_a_gpu_has_the_bits_of_the_steps(
     name, stacked, network, machine, monkeypatch, capsys
 ):
+    if name in ("fedapen", "fedkd", "fml"):
+        pytest.skip("needs a second network of the settings")
     far.patch_cuda(machine, monkeypatch)
     plain = ends(*made(name, stacked, network))
     federation, state = made(name, stacked, network, far.DEVICE)
     federation = recorded(federation, CudaGraph)
     assert equal(ends(federation, state), plain)
-    walks = [walk for walk, _ in federation.clients.trainer.graphs._runners.values()]
-    assert sum(len(walk._recorded_epochs) for walk in walks) >= (1 if stacked else 4)
+    assert federation.clients.trainer.graphs.recorded_epochs() >= (1 if stacked else 4)
     assert not capsys.readouterr().err
 
 
@@ -244,6 +250,55 @@ def test_what_waits_is_not_recorded_and_trains_all_the_same(machine, monkeypatch
     )
 
 
+@dataclass(frozen=True)
+class Unrecordable(FedAvg):
+    """FedAvg whose loss raises an error while it is recorded."""
+
+    def loss(self, model):
+        def loss(now, start, batch):
+            if Unrecordable.machine.tape is not None:
+                raise RuntimeError("this operation cannot be recorded")
+            return cross_entropy(model(now.shared, batch.x), batch)
+
+        return loss
+
+
+def test_the_hint_names_the_first_error_and_the_allocator_learns_that_the_recording_is_over(
+    machine, monkeypatch, capsys
+):
+    far.patch_cuda(machine, monkeypatch)
+    monkeypatch.setattr(Unrecordable, "machine", machine, raising=False)
+    left = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *what: left.append(what))
+    monkeypatch.setattr(algorithms, "find_algorithm", lambda name: Unrecordable)
+    federation, state = made("unrecordable", False, "cnn", far.DEVICE)
+    plain = ends(*made("unrecordable", False, "cnn"))
+    federation = recorded(federation, CudaGraph)
+    assert equal(ends(federation, state), plain)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "this operation cannot be recorded; the steps are played one by one" in line
+    assert left == [(0, federation.clients.trainer.graphs._pool)]
+
+
+def test_more_sizes_than_are_recorded_run_step_by_step_with_a_hint(monkeypatch, capsys):
+    monkeypatch.setattr(recording, "_MAX_EPOCHS", 1)
+    held = recorded(made("fedavg", False, "cnn")[0])
+    plain = ends(*made("fedavg", False, "cnn"))
+    assert equal(ends(held, made("fedavg", False, "cnn")[1]), plain)
+    assert held.clients.trainer.graphs.recorded_epochs() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hint: engine.graphs: clients have more than 1 different numbers of")
+
+
+def test_epochs_that_never_come_again_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(recording, "_MAX_SEEN", 2)
+    federation, state = made("fedavg", False, "cnn", sizes=(9, 8, 7))
+    settings = replace(federation.clients.trainer.settings, epochs=1)
+    ends(recorded(small.with_trainers(federation, settings=settings)), state, 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hint: engine.graphs: of 2 epochs no two had clients")
+
+
 def test_a_recording_that_goes_wrong_is_not_used(machine, monkeypatch, capsys):
     far.patch_cuda(machine, monkeypatch)
     whole = machine.replay_tape
@@ -260,7 +315,7 @@ def test_long_epochs_are_several_recordings_and_the_oldest_give_way(monkeypatch)
     held = recorded(federation)
     assert equal(ends(held, state), ends(*made("fedlora", True, "cnn")))
     (walk, _), *_ = held.clients.trainer.graphs._runners.values()
-    assert [len(place._graphs) for place in walk._recorded_epochs.values()] == [2]  # three batches
+    assert [len(place._graphs) for place in walk.recorded.values()] == [2]  # three batches
     for most in ("_MAX_RUNNERS", "_MAX_EPOCHS"):
         monkeypatch.setattr(recording, most, 1)
     held = recorded(federation)
@@ -317,7 +372,82 @@ def test_bfloat16_is_near_float32_and_leaves_weights_in_float32(name, stacked):
         assert (value - fine).abs().max() <= 0.25 * moved + 1e-3, leaf
 
 
+BF16_NETWORKS = [("bn_net", True), ("bn_net", False), thorough_param("cnn", False)]
+
+
+@pytest.mark.parametrize("network, padded", BF16_NETWORKS)
+def test_bfloat16_is_the_same_in_a_stack_and_out_of_it(network, padded):
+    sizes = small.SIZES if padded else (8, 8, 8)
+    found = []
+    for stacked in (False, True):
+        federation, state = made("fedavg", stacked, network, sizes=sizes)
+        seen = DtypesOfConvolutions()
+        with seen:
+            found.append(ends(small.with_trainers(federation, precision="bf16"), state, 1)[0])
+        assert torch.bfloat16 in seen.dtypes
+    start = made("fedavg", True, network, sizes=sizes)[1].shared
+    for leaf, value in found[0].items():
+        moved = (value - start[leaf]).abs().max()
+        assert (found[1][leaf] - value).abs().max() <= 0.15 * moved + 1e-3, leaf
+
+
+class DtypesOfConvolutions(TorchDispatchMode):
+    """The types in which convolutions compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in str(func):
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+# kernel, stride and dilation on inputs of one pixel: oneDNN's gradients are wrong, or end Python
+@pytest.mark.parametrize("kernel, stride, dilation", [(3, 2, 1), (5, 3, 1), (3, 2, 2)])
+def test_kernels_larger_than_their_input_have_right_gradients_in_bfloat16(kernel, stride, dilation):
+    reach = dilation * (kernel - 1)
+    x = torch.randn(4, 8, 1, 4, generator=small.rng(1, "x"))
+    w = torch.randn(8, 8, kernel, kernel, generator=small.rng(1, "w"))
+
+    def gradients(context):
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        with context:
+            y = F.conv2d(*leaves, None, stride, reach, dilation)
+        garbage = [torch.full((w.numel(),), 1e30, dtype=torch.bfloat16) for _ in range(20)]
+        del garbage  # what is never written would show it
+        return torch.autograd.grad(y.float().square().sum(), leaves)
+
+    coarse = gradients(bfloat16_forward(small.CPU, stacked=False))
+    for a, b in zip(coarse, gradients(nullcontext()), strict=True):
+        assert (a - b).abs().max() <= 0.03 * b.abs().max()
+
+
+def test_batch_norm_of_a_stack_takes_bfloat16_beside_float32():
+    x = torch.randn(3, 4, 5, 2, generator=small.rng(1, "x")).bfloat16()
+    stats = torch.zeros(3, 5), torch.ones(3, 5)
+
+    def norm(x, mean, var, weight):
+        return F.batch_norm(x, mean, var, weight, weight, True)
+
+    given = x, *stats, torch.ones(3, 5)
+    with pytest.raises(RuntimeError, match="expected scalar type"):  # the fault of torch itself
+        torch.vmap(norm)(*given)
+    with bfloat16_forward(small.CPU, stacked=True):
+        y = torch.vmap(norm)(*given)
+    assert y.dtype == torch.bfloat16 and all(v.dtype == torch.float32 for v in stats)
+    torch.testing.assert_close(stats[0], 0.1 * x.float().mean((1, 3)))
+
+
 # Memory
+
+
+def test_what_libraries_say_of_short_memory_is_known():
+    says = RuntimeError("GET was unable to find an engine to execute this computation")
+    assert is_memory_error(says) and is_memory_error(torch.OutOfMemoryError("out"))
+    assert is_memory_error(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
+    assert not is_memory_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 class Small:
@@ -329,7 +459,7 @@ class Small:
         def play(walk, batch_C, count):
             self.tried.append(walk._clients)
             if walk._clients > most and len(self.tried) % 3 == 0:  # late, when much is written
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise RuntimeError("unable to find an engine to execute this computation")
             return whole(walk, batch_C, count)
 
         monkeypatch.setattr(PhaseRunner, "run_batch", play)
@@ -351,7 +481,7 @@ def test_a_stack_that_does_not_fit_is_split_and_computed_anew(graphs, monkeypatc
 
 def test_a_client_that_does_not_fit_alone_ends_the_run(monkeypatch):
     Small(monkeypatch, 0)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match="unable to find an engine"):
         ends(*made("fedavg"))
 
 
@@ -425,7 +555,7 @@ def test_the_benchmark_checks_and_measures_on_a_cpu(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(found["checks"]) == 12 and all(row["passed"] for row in found["checks"])
+    assert len(found["checks"]) == 16 and all(row["passed"] for row in found["checks"])
     rows = {(row["method"], row["way"]): row for row in found["rows"]}
     assert all(
         rows[method, "stack of 2, graphs"]["seconds"] > 0 for method in ("fedavg", "fedlora")

@@ -176,6 +176,7 @@ def _keep_process_state() -> Iterator[None]:
     switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     switches = switches if has_gpu else ()
     tf32 = [switch.allow_tf32 for switch in switches]
+    deterministic = torch.backends.cudnn.deterministic
     folder = os.getcwd()
     is_new = folder not in sys.path
     if is_new:
@@ -187,6 +188,7 @@ def _keep_process_state() -> Iterator[None]:
             sys.path.remove(folder)
         for switch, allows in zip(switches, tf32, strict=True):
             switch.allow_tf32 = allows
+        torch.backends.cudnn.deterministic = deterministic
         torch.set_num_threads(threads)
         for number, handler in handlers.items():
             if handler is not None:  # a handler that Python has not set

@@ -52,6 +52,7 @@ def select_device(engine: Engine, worker: int | None) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
         engine.precision == "tf32"
     )
+    torch.backends.cudnn.deterministic = True  # a resume has the same bits
     device = torch.device("cuda", worker % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

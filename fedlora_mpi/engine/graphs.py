@@ -9,6 +9,7 @@ numbers of samples.
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,14 @@ from torch import Tensor
 
 from ..algorithm import Phase, Variables
 from .compiled import evict_oldest, identity_key, split_tensors
+from .memory import is_memory_error
 from .walk import Epoch, PhaseRunner, Trainer, copy_into, tmap_vars
 
-# largest numbers of recorded phases per trainer and of epochs per phase; the oldest is dropped
-_MAX_RUNNERS, _MAX_EPOCHS = 16, 32
+_MAX_RUNNERS = 16  # recorded phases per trainer; the oldest is dropped
+# Recorded epochs per phase. Further ones run step by step: if the oldest gave way, clients of many
+# sizes would be recorded again and again.
+_MAX_EPOCHS = 128
+_MAX_SEEN = 1024  # epochs per phase that are remembered until they come again
 _BATCHES_PER_GRAPH = 100  # batches in one recording; a longer epoch takes several recordings
 
 
@@ -53,8 +58,12 @@ class CudaGraph:
         expected_values = [v.clone() for v in written_tensors]
         _restore(written_tensors, initial_values)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            step()
+        try:
+            with torch.cuda.graph(self._graph, pool=pool):
+                step()
+        except RuntimeError:
+            _leave_pool(written_tensors[0].device, pool)
+            raise
         self.replay()
         if not all(
             _is_close(v, expected)
@@ -92,6 +101,7 @@ class GraphCache:
         self._runners: dict[tuple, tuple[GraphPhaseRunner, list]] = {}
         self._pool: Any = None  # torch's type for it is private
         self.is_disabled = False
+        self._hints: set[str] = set()
 
     def runner_for(
         self, trainer: Trainer, phase: Phase, start: Variables, now: Variables, clients: int
@@ -134,12 +144,18 @@ class GraphCache:
     def disable(self, error: Exception) -> None:
         """Record nothing from here on, and tell the user why."""
         self.is_disabled = True
-        reason = str(error).partition("\n")[0]
-        print(
-            f"hint: engine.graphs: {reason}; the steps are played one by one",
-            file=sys.stderr,
-            flush=True,
-        )
+        reason = str(_first_error(error)).partition("\n")[0]
+        self.hint(f"{reason}; the steps are played one by one")
+
+    def hint(self, text: str) -> None:
+        """Print a hint about ``engine.graphs``, once."""
+        if text not in self._hints:
+            self._hints.add(text)
+            print(f"hint: engine.graphs: {text}", file=sys.stderr, flush=True)
+
+    def recorded_epochs(self) -> int:
+        """The number of recordings."""
+        return sum(len(runner.recorded) for runner, _ in self._runners.values())
 
     def clear(self) -> None:
         """Free all memory."""
@@ -164,7 +180,7 @@ class GraphPhaseRunner(PhaseRunner):
         super().__init__(trainer, phase, start, now, clients)
         self._graph_cache = graphs
         self._seen_epochs: dict[tuple, object] = {}  # key -> store
-        self._recorded_epochs: dict[tuple, _RecordedEpoch] = {}
+        self.recorded: dict[tuple, _RecordedEpoch] = {}
 
     def begin(self, start: Variables, now: Variables) -> None:
         """Train the variables ``now`` until ``end``."""
@@ -176,26 +192,46 @@ class GraphPhaseRunner(PhaseRunner):
 
     def run_epoch(self, epoch: Epoch) -> Tensor:
         key = epoch.sizes, id(epoch.store), split_tensors(tuple(epoch.tensors()))[1]
-        if self._graph_cache.is_disabled or key not in self._seen_epochs:
-            evict_oldest(self._seen_epochs, _MAX_EPOCHS)
-            self._seen_epochs[key] = epoch.store  # kept alive, because the key has its id
-            return super().run_epoch(epoch)
-        if key in self._recorded_epochs:
-            self._recorded_epochs[key] = recorded = self._recorded_epochs.pop(key)
-            sums = recorded.replay(epoch)
-        else:
+        if key in self.recorded:
+            sums = self.recorded[key].replay(epoch)
+        elif self._can_record(key):
             saved_values = [v.clone() for v in self.written_tensors]
             try:
                 recorded = _RecordedEpoch(self, self._graph_cache.record, epoch)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                if is_memory_error(error):
+                    raise
                 _restore(self.written_tensors, saved_values)
                 self._graph_cache.disable(error)
                 return super().run_epoch(epoch)
-            evict_oldest(self._recorded_epochs, _MAX_EPOCHS)
-            self._recorded_epochs[key], sums = recorded, recorded.sums
+            self.recorded[key], sums = recorded, recorded.sums
+        else:
+            self._remember(key, epoch)
+            return super().run_epoch(epoch)
         return sums[0] / sums[1]
+
+    def _can_record(self, key: tuple) -> bool:
+        """Whether this is the second epoch of its kind, and there is room for its recording."""
+        if self._graph_cache.is_disabled or key not in self._seen_epochs:
+            return False
+        if len(self.recorded) < _MAX_EPOCHS:
+            return True
+        self._graph_cache.hint(
+            f"clients have more than {_MAX_EPOCHS} different numbers of samples; the steps of the "
+            "others are played one by one"
+        )
+        return False
+
+    def _remember(self, key: tuple, epoch: Epoch) -> None:
+        """Note that such an epoch has run."""
+        if len(self._seen_epochs) == _MAX_SEEN and not self.recorded:
+            self._graph_cache.hint(
+                f"of {_MAX_SEEN} epochs no two had clients with the same numbers of samples, so "
+                "none is recorded; engine.path=loop or a smaller engine.group_size may repeat some"
+            )
+        self._seen_epochs.pop(key, None)
+        evict_oldest(self._seen_epochs, _MAX_SEEN)
+        self._seen_epochs[key] = epoch.store  # kept alive, because the key has its id
 
 
 class _RecordedEpoch:
@@ -240,10 +276,32 @@ def _restore(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         target.copy_(value)
 
 
+def _first_error(error: BaseException) -> BaseException:
+    """The error from which the others came: leaving a failed recording raises another one."""
+    while earlier := error.__cause__ or error.__context__:
+        error = earlier
+    return error
+
+
+def _leave_pool(device: torch.device, pool: Any) -> None:
+    """Tell torch's allocator that a recording into ``pool`` that failed is over.
+
+    torch before 2.12 forgets to, and stops the process when memory is freed later
+    (https://github.com/pytorch/pytorch/pull/180395). Later versions have nothing left to do.
+    """
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is None:
+        return
+    with suppress(RuntimeError):  # the recording has left the pool
+        end(device.index, pool)
+
+
 def _is_close(a: Tensor, b: Tensor) -> bool:
     """Whether ``a`` and ``b`` differ by no more than kernels that add in any order do over one
     epoch.
     """
+    if not b.is_floating_point():
+        return torch.equal(a, b)
     return torch.allclose(
         a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()) if b.numel() else 0, equal_nan=True
     )

@@ -41,7 +41,7 @@ class MemoryBudget:
         """Yield (part, ``compute(part)``) for all of ``members``, in order, in equal parts that fit
         into memory.
 
-        If ``compute`` raises OutOfMemoryError, ``free_memory()`` runs and the part is computed
+        If ``compute`` finds memory short, ``free_memory()`` runs and the part is computed
         again as two halves. From then on no part is larger than these halves, because the group
         size changes last bits. A part of one client raises the error.
         """
@@ -75,10 +75,21 @@ def _try_compute(compute: Callable[[Sequence[int]], T], part: Sequence[int]) -> 
     """Return (``compute(part)``,), or None if memory ran out; nothing of the attempt remains."""
     try:
         return (compute(part),)
-    except torch.OutOfMemoryError:
-        if len(part) == 1:
+    except RuntimeError as error:
+        if len(part) == 1 or not is_memory_error(error):
             raise
         return None
+
+
+def is_memory_error(error: RuntimeError) -> bool:
+    """Whether ``error`` says that the memory of a GPU is short.
+
+    Libraries that find too little memory for their own use say so in other words than torch.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    message = str(error)
+    return "unable to find an engine" in message or "STATUS_ALLOC_FAILED" in message
 
 
 def stack_capacity(model: Model, batch_size: int, memory: int) -> int:

@@ -31,6 +31,7 @@ from ..models.network import Model
 from ..models.pooling import LARGE_NUMEL, MaxPoolMode
 from .compiled import StepCompiler
 from .graphs import GraphCache
+from .half import bfloat16_forward
 from .memory import MemoryBudget
 from .metrics import compute_metrics
 from .walk import PhaseRunner, tmap_vars
@@ -197,9 +198,7 @@ class Trainer:
         if self.stacked and self.device.type == "cpu":
             contexts.enter_context(MaxPoolMode(0 if self.step_compiler else LARGE_NUMEL))
         if self.precision == "bf16":
-            contexts.enter_context(
-                torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-            )
+            contexts.enter_context(bfloat16_forward(self.device, self.stacked))
         return contexts
 
     def _compute_in_parts(

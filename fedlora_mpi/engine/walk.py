@@ -1,6 +1,6 @@
 """The steps of one phase of local training, on a stack of clients or on one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -115,22 +115,18 @@ class PhaseRunner:
     def reset(self, start: Variables, now: Variables) -> None:
         """Copy other variables of the same layout into the memory of the present ones."""
         halves = zip((*self._start[:2], *self._now[:2]), (*start[:2], *now[:2]), strict=True)
-        for targets, values in halves:
-            for name, target in targets.items():
-                copy_into(target, values[name])
+        copy_all((v, values[n]) for targets, values in halves for n, v in targets.items())
         if self.phase.constant:
-            for name, value in self._constant_tree(self._now).items():
-                copy_into(self._now.constant[name], value)
-        for momentum in (half for momenta in self._momenta for half in momenta):
-            for v in momentum.values():
-                v.zero_()
+            constant = self._constant_tree(self._now)
+            copy_all((self._now.constant[n], v) for n, v in constant.items())
+        if zeros := [v for momenta in self._momenta for half in momenta for v in half.values()]:
+            torch._foreach_zero_(zeros)
 
     @torch.no_grad()
     def copy_to(self, now: Variables) -> None:
         """Copy the trained variables into others."""
-        for values, targets in zip(self._now[:2], now[:2], strict=True):
-            for name, value in values.items():
-                copy_into(targets[name], value)
+        halves = zip(self._now[:2], now[:2], strict=True)
+        copy_all((targets[n], v) for values, targets in halves for n, v in values.items())
 
     def _constant_tree(self, now: Variables) -> Tree:
         constant = self.phase.constant
@@ -281,7 +277,20 @@ def tmap_vars(fn: Callable[[Tensor], Tensor], v: Variables) -> Variables:
 
 def copy_into(target: Tensor, value: Tensor) -> None:
     """Copy ``value`` into ``target``. Where ``target`` is expanded, ``value`` must be, too."""
+    copy_all([(target, value)])
+
+
+def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """``copy_into`` of (target, value) pairs; on a GPU, tensors of a kind are copied at once."""
+    narrowed = [_narrow_expanded(*pair) for pair in pairs]
+    if narrowed:
+        targets, values = zip(*narrowed, strict=True)
+        torch._foreach_copy_(targets, values)
+
+
+def _narrow_expanded(target: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without the repetitions that ``target`` has."""
     for axis, (length, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
         if stride == 0 and length > 1:
             target, value = target.narrow(axis, 0, 1), value.narrow(axis, 0, 1)
-    target.copy_(value)
+    return target, value
