@@ -2,7 +2,9 @@
 
 Client samples per second of `play` (training, mean, evaluation, all of a round) under FedAvg, over
 those of a loop over nn.Modules in channels_last with torch.optim.SGD, which does no round at all.
-Correctness first: one client's round must end at the loop's weights.
+Then the same rounds with `engine.precision: bf16`, where this CPU multiplies bfloat16.
+Correctness first: one client's round must end at the loop's weights. Of a round in bfloat16, the
+script says how far from them it ends.
 
     python benchmarks/throughput.py [--repeats 3]
 """
@@ -15,6 +17,7 @@ from report import arguments, tell
 from torch import nn
 
 from fedlora_mpi.config import from_dict
+from fedlora_mpi.engine.half import multiplies_bfloat16
 from fedlora_mpi.experiment.assembly import build
 from fedlora_mpi.experiment.checkpointing import initial_state
 from fedlora_mpi.federation.federation import State
@@ -100,33 +103,44 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     asked, rows = parser.parse_args(), []
     for name, (data, model, train, group_size, target) in WORKLOADS.items():
-        built, state = prepare(data, model, train, group_size=group_size)
-        wrong = check(built)
-        assert wrong < 1e-3, f"{name}: engine and loop differ by {wrong}"
+        runs = {"float32": prepare(data, model, train, group_size=group_size)}
+        if multiplies_bfloat16():
+            runs["bf16"] = prepare(data, model, train, group_size=group_size, precision="bf16")
+        wrong = {precision: check(built) for precision, (built, _) in runs.items()}
+        assert wrong["float32"] < 1e-3, f"{name}: engine and loop differ by {wrong['float32']}"
+        built = runs["float32"][0]
         clients = list(range(len(built.federation.clients)))
         samples = (
             sum(built.federation.clients.trainer.feed.train_size(c) for c in clients)
             * built.config.train.epochs
         )
-        ours, theirs = [], []
+        ours: dict[str, list[float]] = {precision: [] for precision in runs}
+        theirs = []
         for _ in range(asked.repeats + 1):  # the first warms up
-            begin = time.perf_counter()
-            run_round(built.federation, State(0, *state[1:]), evaluate=True, stop=False)
-            ours.append(samples / (time.perf_counter() - begin))
+            for precision, (run, state) in runs.items():
+                begin = time.perf_counter()
+                run_round(run.federation, State(0, *state[1:]), evaluate=True, stop=False)
+                ours[precision].append(samples / (time.perf_counter() - begin))
             theirs.append(samples / bare_loop(built, clients)[0])
-        ratio = statistics.median(a / b for a, b in zip(ours[1:], theirs[1:], strict=True))
-        rows.append(
-            {
-                "workload": name,
-                "path": built.config.engine.path,
-                "group size": built.config.engine.group_size,
-                "rounds samples/s": statistics.median(ours[1:]),
-                "bare loop samples/s": statistics.median(theirs[1:]),
-                "ratio": ratio,
-                "target": target,
-                "difference": wrong,
-            }
-        )
+
+        def ratio(a: list[float], b: list[float]) -> float:
+            return statistics.median(x / y for x, y in zip(a[1:], b[1:], strict=True))
+
+        for precision, speeds in ours.items():
+            rows.append(
+                {
+                    "workload": name,
+                    "path": built.config.engine.path,
+                    "group size": built.config.engine.group_size,
+                    "precision": precision,
+                    "rounds samples/s": statistics.median(speeds[1:]),
+                    "bare loop samples/s": statistics.median(theirs[1:]),
+                    "ratio": ratio(speeds, theirs),
+                    "target": target if precision == "float32" else None,
+                    "against float32": ratio(speeds, ours["float32"]),
+                    "difference": wrong[precision],
+                }
+            )
     tell(asked, rows)
 
 

@@ -16,7 +16,14 @@ import small
 import torch
 import torch.nn.functional as F
 from methods import SETTINGS
-from runs import NORM, run_rounds, snapshots_equal, tiny_config
+from runs import (
+    NORM,
+    assert_same_run,
+    create_run,
+    run_rounds,
+    snapshots_equal,
+    tiny_config,
+)
 from tiers import thorough_param
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -389,6 +396,11 @@ def test_bfloat16_is_the_same_in_a_stack_and_out_of_it(network, padded):
     for leaf, value in found[0].items():
         moved = (value - start[leaf]).abs().max()
         assert (found[1][leaf] - value).abs().max() <= 0.15 * moved + 1e-3, leaf
+
+
+def test_bfloat16_has_the_same_bits_on_any_number_of_ranks(tmp_path):
+    runs = [create_run(n, tmp_path / str(n), "engine.precision=bf16", "rounds=2") for n in (1, 3)]
+    assert_same_run(*runs)
 
 
 class DtypesOfConvolutions(TorchDispatchMode):

@@ -115,6 +115,20 @@ def test_ranks_are_recommended_only_where_there_is_a_launcher(monkeypatch):
         assert lines == ["1 of 8 cores are busy; --ranks 9 would use them all"] * count
 
 
+def test_bfloat16_is_recommended_where_the_cpu_and_the_network_gain(monkeypatch):
+    monkeypatch.setattr("fedlora_mpi.experiment.hints._BFLOAT16_FLOP", 1e4)
+    for can, precision, count in (
+        (True, "float32", 1),
+        (False, "float32", 0),
+        (True, "bf16", 0),
+    ):
+        monkeypatch.setattr("fedlora_mpi.experiment.hints.multiplies_bfloat16", lambda can=can: can)
+        lines = run_hints(build_tiny(f"engine.precision={precision}"))
+        assert sum("engine.precision=bf16" in line for line in lines) == count
+    monkeypatch.undo()
+    assert not any("bf16" in line for line in run_hints(build_tiny()))  # of a tiny network
+
+
 def test_a_reset_key_is_told_and_recorded_but_is_no_doubt_of_the_report(call, tmp_path):
     for name, overrides in (("a", IID), ("b", [])):
         run = tmp_path / name

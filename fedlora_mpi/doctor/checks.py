@@ -167,6 +167,8 @@ def _check_gpus(setup: Setup) -> Finding:
 
 
 def _check_threads(setup: Setup) -> Finding:
+    from ..engine.half import multiplies_bfloat16
+
     cores, threads = len(os.sched_getaffinity(0)), setup.threads
     if threads > cores:
         return Finding(
@@ -180,6 +182,11 @@ def _check_threads(setup: Setup) -> Finding:
         + (
             f"; with engine.threads = {threads} --ranks {cores // threads + 1} keeps them busy"
             if find_mpirun()
+            else ""
+        )
+        + (
+            "; they multiply bfloat16 (engine.precision=bf16 may train faster)"
+            if multiplies_bfloat16()
             else ""
         ),
     )

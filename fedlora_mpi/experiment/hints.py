@@ -8,10 +8,15 @@ from dataclasses import fields, is_dataclass
 from .. import config as configs
 from ..algorithm import Algorithm, LocalTraining, misspelt_hooks, phases_of
 from ..components.lowrank import join_first, skipped_weights
+from ..engine.half import multiplies_bfloat16
 from ..models.network import Model
 from ..mpi.launch import find_mpirun
 from .assembly import Assembly
 from .engine_choice import worker_ranks
+
+# FLOP of a forward pass over one batch above which products take most of a step's time;
+# measured: benchmarks/throughput.py
+_BFLOAT16_FLOP = 1e8
 
 
 def run_hints(assembly: Assembly) -> list[str]:
@@ -43,6 +48,13 @@ def run_hints(assembly: Assembly) -> list[str]:
             f"{used_cores} of {cores} cores are busy; --ranks {cores // engine.threads + 1} "
             "would use them all"
         )
+    if engine.device == "cpu" and engine.precision == "float32" and multiplies_bfloat16():
+        flops = max(t.trainer.model.flops for t in assembly.federation.clients.types)
+        if flops * assembly.config.train.batch_size > _BFLOAT16_FLOP:
+            lines.append(
+                "this CPU multiplies bfloat16: engine.precision=bf16 may train faster (other "
+                "numbers; weights stay float32)"
+            )
     return lines + _decomposition_hints(assembly)
 
 
