@@ -39,11 +39,13 @@ def arguments(doc: str, cases: Collection[str] = ()) -> argparse.ArgumentParser:
     return parser
 
 
-def add_names(parser: argparse.ArgumentParser, option: str, names: Collection[str]) -> None:
-    """Add an option that takes some of ``names`` (default: all)."""
+def add_names(
+    parser: argparse.ArgumentParser, option: str, names: Collection[str], at_least: str = "+"
+) -> None:
+    """Add an option that takes some of ``names`` (default: all); at_least: ``*`` allows none."""
     parser.add_argument(
         option,
-        nargs="+",
+        nargs=at_least,
         choices=names,
         default=list(names),
         metavar="NAME",
