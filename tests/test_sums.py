@@ -5,11 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from runs import ThreadRank, assert_same_run, create_run, run_on_ranks
 
 from fedlora_mpi.aggregation import exact_sum as sums
+from fedlora_mpi.aggregation.compact_sum import bytes_per_number, sum_limbs
 from fedlora_mpi.aggregation.exact_sum import LIMIT, SUM_TYPES, ExactSum, FastSum
 from fedlora_mpi.aggregation.flat_layout import Layout
 from fedlora_mpi.core.seeds import rng
+from fedlora_mpi.store.reader import RunFiles
 
 
 def vectors(count, size, low=-12, high=3):
@@ -203,3 +206,82 @@ def test_layouts_differ_in_names_shapes_and_order():
     ]
     digests = {Layout.of(t).digest() for t in (one, *others)}
     assert len(digests) == 5 and Layout.of({n: v + 1 for n, v in one.items()}).digest() in digests
+
+
+# In fewer bytes, between nodes
+
+
+def normal(size, scale, *address):
+    return scale * torch.randn(size, generator=rng(1, *address))
+
+
+def of_parameters(size, number):
+    """Numbers as networks have them, with blocks of zeros and with tiny ones."""
+    v = normal(size, 0.05, "v", number)
+    v[:300] = 0
+    v[600:700] *= 1e-3
+    return v
+
+
+COMPACT = [
+    pytest.param(of_parameters, (487, 1), 1.0, id="parameters"),
+    pytest.param(lambda n, k: normal(n, 1e-4, "u", k), (20000,), 1.0, id="updates"),
+    pytest.param(lambda n, k: torch.zeros(n), (3, 4), 1.0, id="zeros"),
+    pytest.param(lambda n, k: torch.full((n,), float(2**37)), (1,), 0.0, id="large"),
+    # 53 bits, of which the last are in units of 2^-66: these travel as they are
+    pytest.param(lambda n, k: normal(n, 1.0, "w", k).double() / 3, (1000,), 0.0, id="float64"),
+    pytest.param(
+        lambda n, k: vectors(k + 1, n)[k], (999,), 0.0, id="magnitudes of 15 powers of ten"
+    ),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("draw, weights, share", COMPACT)
+def test_a_compact_sum_has_the_bits_of_the_exact_one(draw, weights, share, ranks):
+    size = 256 * 8 + 5
+
+    def part(rank):
+        message = ExactSum(size)
+        for number, weight in enumerate(weights):
+            v = draw(size, len(weights) * rank + number)
+            message.add(v if rank % 2 else -v, weight)  # sums that cancel out, too
+        return message
+
+    whole = ExactSum(size)
+    whole.buffer += sum(part(rank).buffer for rank in range(ranks))
+
+    def summed_by(comm):
+        message = part(comm.rank)
+        sent = sum_limbs(message.buffer, comm.size, comm.sum, comm.sum)
+        return message.total(), sent
+
+    for total, sent in run_on_ranks(ranks, summed_by):
+        assert torch.equal(total, whole.total())
+        fewest = 256 * 8 * bytes_per_number() + 16 * 5
+        assert sent == fewest if share else fewest < sent <= 16 * size + 24 * 8
+
+
+def test_a_number_beside_many_of_its_block_makes_only_that_block_long():
+    message = ExactSum(256 * 3)
+    message.add(torch.full((256 * 3,), 2.0**20), 1)
+    message.add(torch.tensor([2.0**-66]), 1, offset=300)
+    before = message.total()
+    sent = sum_limbs(message.buffer, 1, lambda facts: None, lambda numbers: None)
+    assert sent == 8 * 256 * 2 + 16 * 256 + 3 * 24 and torch.equal(message.total(), before)
+
+
+def test_runs_over_several_nodes_send_half_and_have_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedlora_mpi.aggregation.aggregator.MIN_SIZE", 1)
+    plain = create_run(3, tmp_path / "one", "rounds=2")
+    whole = ThreadRank.__init__
+
+    def init(self, *how):
+        whole(self, *how)
+        self.local_size = 1  # each rank is a node
+
+    monkeypatch.setattr(ThreadRank, "__init__", init)
+    several = create_run(3, tmp_path / "several", "rounds=2")
+    assert_same_run(plain, several)
+    sent = [RunFiles(run).rounds()["bytes_mpi"][-1] for run in (plain, several)]
+    assert sent[1] < 0.75 * sent[0]  # some blocks of so small a network are beside zeros

@@ -186,7 +186,7 @@ def _size_lines(assembly: Assembly, ranks: int) -> list[tuple[str, str]]:
         pairs = [_add_mix(federation, client, members, traffic) for client in members]
         round_bytes = [sum(side) for side in zip(*pairs, strict=True)]
     aggregator = federation.aggregator
-    message, message_kind = aggregator.number_bytes * aggregator.terms.size, "an allreduce"
+    message, message_kind = round(aggregator.number_bytes * aggregator.terms.size), "an allreduce"
     if aggregator.gathers:
         layouts = [clients[c].upload_layout for c in range(len(clients))]
         width = joint_dtype([layout.dtype for layout in layouts]).itemsize

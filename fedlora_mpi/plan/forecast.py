@@ -217,7 +217,7 @@ def _exchange_seconds(
         add_seconds = sum(costs.units[clients.type_of[c]].add for c in cohort.members)
         seconds += allgather(upload_bytes, ranks, machine) + add_seconds * slowdown
     elif has_peers:
-        message = aggregator.number_bytes * aggregator.terms.size
+        message = round(aggregator.number_bytes * aggregator.terms.size)
         seconds += (
             allreduce(message, ranks, machine)
             + (ranks - 1) / ranks * message * costs.add_byte * slowdown
