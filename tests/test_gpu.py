@@ -40,6 +40,7 @@ from fedlora_mpi.engine.device import choose_path
 from fedlora_mpi.engine.graphs import CudaGraph, GraphCache
 from fedlora_mpi.engine.half import bfloat16_forward
 from fedlora_mpi.engine.memory import MemoryBudget, is_memory_error, stack_capacity
+from fedlora_mpi.engine.products import ConvolutionsAsProducts
 from fedlora_mpi.engine.settings import Engine
 from fedlora_mpi.engine.train import Trainer
 from fedlora_mpi.engine.walk import PhaseRunner
@@ -401,6 +402,69 @@ def test_bfloat16_is_the_same_in_a_stack_and_out_of_it(network, padded):
 def test_bfloat16_has_the_same_bits_on_any_number_of_ranks(tmp_path):
     runs = [create_run(n, tmp_path / str(n), "engine.precision=bf16", "rounds=2") for n in (1, 3)]
     assert_same_run(*runs)
+
+
+# Convolutions as products
+
+CONVOLUTIONS = [
+    (3, 1, 1, True),
+    (3, 2, 1, False),
+    (7, 2, 3, False),
+    (1, 2, 0, True),
+    ((1, 3), (2, 1), (0, 1), True),
+]
+
+
+@pytest.mark.parametrize("size, stride, padding, has_bias", CONVOLUTIONS)
+def test_a_product_of_patches_is_the_convolution_with_its_gradients(
+    size, stride, padding, has_bias
+):
+    layer = torch.nn.Conv2d(3, 4, size, stride, padding, bias=has_bias).double()
+    x = torch.randn(2, 5, 3, 8, 7, generator=small.rng(1, "x"), dtype=torch.float64)
+    weight = torch.randn(2, *layer.weight.shape, generator=small.rng(1, "w"), dtype=torch.float64)
+    bias = layer.bias
+
+    def pulled(x, weight):
+        def loss(x, weight):
+            y = F.conv2d(x, weight, bias, stride, padding)
+            return (y * y.detach().cos()).square().sum(), y
+
+        gradients, y = torch.func.grad(loss, (0, 1), has_aux=True)(x, weight)
+        return y, *gradients
+
+    plain = torch.vmap(pulled)(x, weight)
+    with ConvolutionsAsProducts():
+        products = torch.vmap(pulled)(x, weight)
+    for a, b in zip(products, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_stacks_train_alike_by_products(precision):
+    calls = []
+    federation, state = made("fedlora", True, "cnn")
+    how = {"precision": precision}
+    plain = ends(small.with_trainers(federation, **how), state, 1)
+
+    class Counted(ConvolutionsAsProducts):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            calls.append(func is F.conv2d)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedlora_mpi.engine.train.ConvolutionsAsProducts", Counted)
+        federation, state = made("fedlora", True, "cnn")
+        found = ends(small.with_trainers(federation, convolutions="products", **how), state, 1)
+    assert any(calls)
+    for leaf, value in plain[0].items():
+        apart = (found[0][leaf] - value).abs().max()
+        assert apart <= (1e-5 if precision == "float32" else 0.02), leaf
+
+
+def test_products_are_part_of_the_digest_and_out_of_other_configs():
+    plain, asked = (tiny_config(*more) for more in ((), ("engine.convolutions=products",)))
+    assert "convolutions" not in configs.resolved_dict(plain)["engine"]
+    assert configs.digest(plain) != configs.digest(asked)
 
 
 class DtypesOfConvolutions(TorchDispatchMode):

@@ -36,7 +36,7 @@ FREE_ON_RESUME = (
 # Keys (of a block, or all keys of it) that are written only if they differ from the default. So
 # the digest of a config without them is the same as before these keys existed.
 OMIT_IF_DEFAULT = {
-    "engine": ("compile", "personal", "graphs"),
+    "engine": ("compile", "personal", "graphs", "convolutions"),
     "evaluate": ("clients", "metrics"),
     "faults": tuple(blocks.config_fields(Faults)),
     "log": tuple(blocks.config_fields(Log)),

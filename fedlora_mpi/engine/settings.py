@@ -29,8 +29,10 @@ class Engine:
     graphs: whether epochs are recorded and replayed, with the same numbers; ``auto`` does so on a
     GPU.
 
+    convolutions: of a stack, as ``grouped`` convolutions or as batched matrix ``products``.
+
     precision: of matrix products and convolutions on a GPU (tf32), or of the forward passes of
-    training (bf16; weights stay float32).
+    training (bf16; weights stay float32, see ``half.py``).
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -41,6 +43,7 @@ class Engine:
     graphs: bool | Literal["auto"] = "auto"
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     personal: Literal["memory", "disk"] = "memory"
+    convolutions: Literal["grouped", "products"] = "grouped"
 
     def __post_init__(self) -> None:
         if self.group_size != "auto" and self.group_size < 1:

@@ -34,6 +34,7 @@ from .graphs import GraphCache
 from .half import bfloat16_forward
 from .memory import MemoryBudget
 from .metrics import compute_metrics
+from .products import ConvolutionsAsProducts
 from .walk import PhaseRunner, tmap_vars
 
 T = TypeVar("T")
@@ -88,6 +89,7 @@ class Trainer:
     step_compiler: StepCompiler | None = None
     graphs: GraphCache | None = None
     precision: str = "float32"
+    convolutions: str = "grouped"
     memory_budget: MemoryBudget = field(default_factory=MemoryBudget)
     metrics: Sequence[str] = ()  # names in ``metrics.METRICS``
 
@@ -197,6 +199,8 @@ class Trainer:
         contexts = ExitStack()
         if self.stacked and self.device.type == "cpu":
             contexts.enter_context(MaxPoolMode(0 if self.step_compiler else LARGE_NUMEL))
+        if self.stacked and self.convolutions == "products":
+            contexts.enter_context(ConvolutionsAsProducts())
         if self.precision == "bf16":
             contexts.enter_context(bfloat16_forward(self.device, self.stacked))
         return contexts

@@ -171,6 +171,7 @@ class Parts(NamedTuple):
                     make_compiler(),
                     make_graphs(),
                     engine.precision,
+                    engine.convolutions,
                     metrics=self.metrics,
                 ),
                 initial,
