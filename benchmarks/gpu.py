@@ -167,6 +167,11 @@ def checks(task: dict, device: str) -> Iterator[tuple[str, Callable[[], dict]]]:
 
         yield f"{method}: loop against the CPU's", near(5e-2, loop | steps, loop | {"on": "cpu"})
         yield f"{method}: stack against loop", near(5e-2, stack | steps, loop | steps)
+        by_products = stack | steps | {"convolutions": "products"}
+        yield (
+            f"{method}: stack by products against loop",
+            near(5e-2, by_products, loop | steps),
+        )
         for name, path in (("stack", stack), ("loop", loop)):
             yield f"{method}: recorded {name} against steps", near(5e-2, path | again, path | steps)
         for precision, most in (("tf32", 0.2), ("bf16", 0.5)):
@@ -293,6 +298,8 @@ def ways(task: dict, device: str, quick: bool) -> dict[str, dict]:
     found = {
         f"stack of {clients // 2}, graphs": stack | {"graphs": True},
         f"stack of {clients // 2}": stack,
+        f"stack of {clients // 2}, products, graphs": stack
+        | {"graphs": True, "convolutions": "products"},
         "loop, graphs": {"path": "loop", "graphs": True},
         "loop": {"path": "loop", "graphs": False},
         f"stack of {clients // 4}, graphs": stack

@@ -631,7 +631,7 @@ def test_the_benchmark_checks_and_measures_on_a_cpu(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(found["checks"]) == 16 and all(row["passed"] for row in found["checks"])
+    assert len(found["checks"]) == 18 and all(row["passed"] for row in found["checks"])
     rows = {(row["method"], row["way"]): row for row in found["rows"]}
     assert all(
         rows[method, "stack of 2, graphs"]["seconds"] > 0 for method in ("fedavg", "fedlora")
