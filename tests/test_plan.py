@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import sys
 import time
 
@@ -22,6 +23,7 @@ from fedlora_mpi.plan.counted import GpuSeconds, _count, gpu_capacity
 from fedlora_mpi.plan.devices import CONTEXT_BYTES, GPUS, Device, find_device
 from fedlora_mpi.plan.forecast import Costs, Machine, UnitCosts, allgather, allreduce, forecast
 from fedlora_mpi.plan.line import CostLine, sample_limits
+from fedlora_mpi.plan.scaling import scaling_text
 from fedlora_mpi.plan.unit_costs import _run_beside, measure_costs
 
 HERE = Machine(math.inf, 1e9, 1e-5)
@@ -162,6 +164,32 @@ def test_workers_beyond_the_cores_share_them():
     crowded, free = (seconds(FREE, 5, machine=HERE._replace(cores=n)) for n in (2, 4))
     assert crowded.train == pytest.approx(2 * free.train) and crowded.evaluate == pytest.approx(
         2 * free.evaluate
+    )
+
+
+def test_workers_without_clients_take_no_core_from_the_others():
+    crowd, few = (seconds(FREE, n, machine=HERE._replace(cores=4)) for n in (64, 5))
+    groups = len(built().federation.placement.groups)
+    assert groups <= 4 and crowd.train == few.train
+
+
+def scaling(costs, ranks, machine, *overrides):
+    return scaling_text(built(*overrides), costs, ranks, machine)
+
+
+def test_a_plan_says_from_which_ranks_on_it_is_no_faster_and_why():
+    free, net = HERE._replace(cores=math.inf), HERE._replace(cores=math.inf, bandwidth=1e2)
+    assert scaling(FREE, 2, free) == ""
+    assert re.fullmatch(r"\d\.\d times as fast as one rank", scaling(FREE, 3, free))
+    assert "2 cores are busy" in scaling(FREE, 1024, free._replace(cores=2))
+    equal = ["data.partition.kind=iid", "data.partition.train=20", "data.partition.test=5"]
+    text = scaling(FREE, 1024, free, *equal)
+    assert "5 ranks are as fast; more are not worth it: there are 4 groups of clients" in text
+    cheap = FREE._replace(units={0: UNIT._replace(train=CostLine(0.0, 0, 1e-6))})
+    text = scaling(cheap, 1024, net, "engine.group_size=1")
+    assert "; 1 rank: 1.0 times; more are not worth it: the exchange takes" in text
+    assert "3 ranks are as fast; more are not worth it: one worker trains" in scaling(
+        FREE, 1024, free
     )
 
 

@@ -35,6 +35,7 @@ from .counted import gpu_capacity
 from .devices import BANDWIDTH, BANDWIDTH_SHARE, CONTEXT_BYTES, LATENCY, PEAK_SHARE, find_device
 from .forecast import Costs, Machine, Seconds, forecast
 from .roles import head_line, leaf_lines
+from .scaling import scaling_text
 from .unit_costs import measure_costs, untrained_aggregate
 
 _COLUMNS = 20  # approximate number of columns of the log
@@ -138,11 +139,13 @@ def plan(
     rank_text = "1 rank" if ranks == 1 else f"{ranks} ranks"
     lines = [f"{source} on {rank_text} of {machine_text}"]
     costs = _cost_lines(estimated, len(worker_ranks(config, ranks)), gpus)
+    scaling = scaling_text(estimated.assembly, estimated.costs, ranks, estimated.machine)
     for title, text in (
         *_size_lines(estimated.assembly, ranks),
         *_topology_lines(estimated.assembly),
         *_privacy_lines(estimated.assembly),
         *costs,
+        *([("scaling", scaling)] if scaling else []),
         *_origin_lines(estimated, gpus, bandwidth, latency),
     ):
         lines.append(f"  {title:<10} {text}")

@@ -82,7 +82,8 @@ def forecast(
     """
     federation, config = assembly.federation, assembly.config
     host = assign_groups(federation.placement.costs, workers)
-    worker_slowdown = max(1.0, len(workers) * config.engine.threads / machine.cores)
+    busy_workers = len({*host})  # the others sleep
+    worker_slowdown = max(1.0, busy_workers * config.engine.threads / machine.cores)
     rank_slowdown = max(1.0, ranks * config.engine.threads / machine.cores)
     task_rounds = config.data.tasks.rounds if config.data.tasks else config.rounds
     rounds = 1 if config.participation == 1 else min(_ROUNDS, config.rounds, task_rounds)
