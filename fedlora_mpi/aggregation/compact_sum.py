@@ -49,7 +49,7 @@ def sum_limbs(
     chunks = [slice(at, min(at + _CHUNK_BLOCKS, blocks)) for at in range(0, blocks, _CHUNK_BLOCKS)]
     long_blocks = long[:, : blocks * _BLOCK - compact].reshape(2, -1, _BLOCK)
     for chunk in chunks:
-        here = _picked(fits[chunk])
+        here = _selection(fits[chunk])
         into = short[short_ends[chunk.start] : short_ends[chunk.stop]]
         shift = shifts[chunk, None][here]
         np.left_shift(high[chunk][here], _LIMB_BITS - shift, out=into)
@@ -59,7 +59,7 @@ def sum_limbs(
     long[:, blocks * _BLOCK - compact :] = limbs[:, whole:]
     sum_numbers(packed)
     for chunk in chunks:
-        here = _picked(fits[chunk])
+        here = _selection(fits[chunk])
         total = short[short_ends[chunk.start] : short_ends[chunk.stop]]
         shift = shifts[chunk, None][here]
         high[chunk][here] = total >> (_LIMB_BITS - shift)
@@ -71,7 +71,7 @@ def sum_limbs(
     return facts.nbytes + packed.nbytes
 
 
-def _picked(which: np.ndarray) -> np.ndarray | slice:
+def _selection(which: np.ndarray) -> np.ndarray | slice:
     """``which``, as a slice where it is everything: such a selection is no copy."""
     return slice(None) if which.all() else which
 
