@@ -24,6 +24,7 @@ SETTINGS = {
     "hetlora": ("train.lr=0.02",),
     "moon": ("algorithm.mu=0.1",),
     "pfedme": ("train.momentum=0", "train.lr=0.1"),
+    "raflora": ("train.lr=0.02",),  # as fedex_lora
     "scaffold": ("train.momentum=0", "train.lr=0.1"),
 }
 

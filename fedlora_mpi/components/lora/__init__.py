@@ -281,9 +281,15 @@ class FineTuning(Algorithm):
 
         shared: the server's variables of the round; weight: the client's samples n_k.
         """
-        full = {n: v for n, v in upload.mean.items() if not is_factor(n)}
         terms = self.mean_terms(upload.mean, shared)
         weights = self.term_weights(upload.mean, shared, weight)
+        return self.build_term(upload, shared, weight, terms, weights)
+
+    def build_term(
+        self, upload: Upload, shared: Tree, weight: int, terms: Tree, weights: Tree
+    ) -> Term:
+        """Return the leaves trained in full and these ``terms``, with these ``weights``."""
+        full = {n: v for n, v in upload.mean.items() if not is_factor(n)}
         weight_of_term = {n: weights[weight_of(n)] for n in terms} if weights else {}
         metrics = self._client_metrics(upload, shared, weight, weights) if self.diagnose else {}
         return Term(full | terms, weights=weight_of_term, metrics=metrics)
