@@ -161,11 +161,11 @@ def test_training_towards_an_update_of_rank_three_keeps_more_energy_beyond_rank_
 
 
 def test_the_partitions_end_at_the_different_ranks_of_the_clients():
-    assert method(lora_ranks=(8, 2, 8, 4)).partition_ends == (2, 4, 8)
+    assert method(lora_ranks=(8, 2, 8, 4)).client_ranks == (2, 4, 8)
     by_capacity = method(lora_ranks=(10,), capacities=(2.0, 1.0, 0.1, 1.0))
-    assert by_capacity.partition_ends == (1, 5, 10)
+    assert by_capacity.client_ranks == (1, 5, 10)
     by_share = method(lora_ranks=(8, 4, 1), rank_shares=(0.2, 0.3, 0.5))
-    assert by_share.partition_ends == (1, 4, 8)
+    assert by_share.client_ranks == (1, 4, 8)
 
 
 def test_a_term_has_a_product_for_each_partition_that_a_weight_has():

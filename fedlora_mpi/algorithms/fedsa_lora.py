@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Generator
 
-from ..algorithm import Aggregate, Svd, Update, Variables
+from ..algorithm import Aggregate, Svd, Term, Transport, Update, Upload, Variables
 from ..components.lora import Adapter, FineTuning
 from ..core.names import is_factor, method_leaf_name
 from ..core.tree import Tree, add_prefix, select_prefix, split
@@ -36,7 +36,7 @@ _HOLDERS = method_leaf_name("holders")
 class FedSALoRA(FineTuning):
     """Personal leaves: "<weight>.B", and those trained in full, unless they are shared.
 
-    A term has "holders.<weight>.A" [R], 1 for the rows of A that the client has.
+    If ranks differ, a term has "holders.<weight>.A" [R], 1 for the rows of A that the client has.
     """
 
     # not settings: the server has no B, so it has no model and no update
@@ -52,13 +52,21 @@ class FedSALoRA(FineTuning):
 
         return Variables(*split(super().init(model, rng).shared, is_shared))
 
-    def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
-        terms = super().mean_terms(upload, shared)
+    def transport(self, client: int, clients: int) -> Transport:
+        transport = super().transport(client, clients)
+        if len(self.client_ranks) == 1:
+            return transport
+        return transport._replace(expand=self.make_row_term)
+
+    def make_row_term(self, upload: Upload, shared: Tree, weight: int) -> Term:
+        """What a client's upload adds where clients have different ranks."""
+        term = self.make_term(upload, shared, weight)
         holders = {
-            n: (torch.arange(len(v), device=v.device) < len(upload[n])).to(v)
-            for n, v in terms.items()
+            n: (torch.arange(len(term.mean[n]), device=A.device) < len(A)).to(A)
+            for n, A in upload.mean.items()
+            if is_factor(n)
         }
-        return terms | add_prefix(holders, _HOLDERS)
+        return term._replace(mean=term.mean | add_prefix(holders, _HOLDERS))
 
     def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
         A = {

@@ -24,6 +24,7 @@ factor. The head is trained in full and averaged by n_k, as there.
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import cast
 
 from ..algorithm import Aggregate, Svd, Term, Transport, Update, Upload
 from ..components.lora.factors import factor_pairs
@@ -36,18 +37,12 @@ from ..core.tree import Tree, add_prefix, select_prefix
 class RaFLoRA(RedistributedTuning):
     """A term has a leaf "part<h>.<weight>.W" for each partition that the weight has."""
 
-    @property
-    def partition_ends(self) -> tuple[int, ...]:
-        """The different ranks of all clients, in increasing order."""
-        capacities = range(len(self.capacities))
-        ranks = {self.client_rank(client, len(capacities)) for client in capacities}
-        return tuple(sorted(ranks or {*self.lora_ranks}))
-
     def transport(self, client: int, clients: int) -> Transport:
-        transport, ends = super().transport(client, clients), self.partition_ends
+        transport, ends = super().transport(client, clients), self.client_ranks
         if len(ends) == 1:
             return transport
-        return transport._replace(expand=partial(transport.method.make_partitioned_term, ends))
+        method = cast(RaFLoRA, transport.method)
+        return transport._replace(expand=partial(method.make_partitioned_term, ends))
 
     def make_partitioned_term(
         self, ends: tuple[int, ...], upload: Upload, shared: Tree, weight: int
@@ -55,9 +50,11 @@ class RaFLoRA(RedistributedTuning):
         """What this client's upload adds: a product for each partition, which counts with the
         client's samples if it has these components, else not.
         """
-        products, weights = {}, {}
+        products: Tree = {}
+        weights: Tree = {}
         for start, end in pairwise((0, *ends)):
-            part, prefix = {}, method_leaf_name(f"part{end}")
+            part: Tree = {}
+            prefix = method_leaf_name(f"part{end}")
             for name, (A, B) in factor_pairs(upload.mean).items():
                 if start < len(shared[factor_name(name, "A")]):
                     part[factor_name(name, "A")] = A[start:end]
@@ -68,7 +65,7 @@ class RaFLoRA(RedistributedTuning):
 
     def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
         W: Tree = {}
-        for end in self.partition_ends:
+        for end in self.client_ranks:
             for name, part in select_prefix(aggregate.mean, method_leaf_name(f"part{end}")).items():
                 W[name] = W[name] + part if name in W else part
         return super().server_update(

@@ -152,6 +152,13 @@ class FineTuning(Algorithm):
         return ranks[client % len(ranks)]
 
     @property
+    def client_ranks(self) -> tuple[int, ...]:
+        """The different ranks of all clients, in increasing order."""
+        capacities = range(len(self.capacities))
+        ranks = {self.client_rank(client, len(capacities)) for client in capacities}
+        return tuple(sorted(ranks or {*self.lora_ranks}))
+
+    @property
     def s(self) -> float:
         """The factor before B A: the client's on the method of its transport, else the server's."""
         return self.alpha / self._scale_divisor(max(self.lora_ranks))
