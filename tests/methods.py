@@ -18,12 +18,14 @@ SETTINGS = {
     # its division by D makes it steep
     "fedkd": ("algorithm.small=user_parts:with_norm", "train.lr=0.02"),
     "fedrep": ("algorithm.head_epochs=1",),
+    "fedsa_lora": ("train.lr=0.02",),  # as fedex_lora
     "flexlora": ("train.lr=0.02",),  # as fedex_lora
     "fml": ("algorithm.small=user_parts:with_norm",),
     # by 0.05 a client now and then diverges, and its norm takes all the weight
     "hetlora": ("train.lr=0.02",),
     "moon": ("algorithm.mu=0.1",),
     "pfedme": ("train.momentum=0", "train.lr=0.1"),
+    "raflora": ("train.lr=0.02",),  # as fedex_lora
     "scaffold": ("train.momentum=0", "train.lr=0.1"),
 }
 

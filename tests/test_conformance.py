@@ -76,7 +76,7 @@ REMEMBERING = (
 )
 
 # Singular vectors of small singular values move more than what they are of.
-NEAR = {"fedhl": 1e-4, "flexlora": 1e-4}
+NEAR = {"fedhl": 1e-4, "flexlora": 1e-4, "raflora": 1e-4}
 
 # A field that is no Literal is tried with half its default (an integer: one more). Here is what
 # needs another value, or other settings in both runs: {field or method.field: (settings, value)}.

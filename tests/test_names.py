@@ -62,7 +62,7 @@ def settings(name):
     more = (*SETTINGS.get(name, ()), *SMALL)
     if issubclass(algorithms.find_algorithm(name), FineTuning):
         more += (
-            "algorithm.diagnose=true",
+            "algorithm.personal_full=false" if name == "fedsa_lora" else "algorithm.diagnose=true",
             "algorithm.lora_ranks=[2,1]" if name != "fed_rac_lora" else "algorithm.factor=both",
         )
     return (f"algorithm={name}", *more)

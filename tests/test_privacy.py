@@ -309,7 +309,11 @@ def test_a_wide_clip_without_noise_is_the_method_with_equal_weights(name, more):
 
 
 @pytest.mark.parametrize(
-    "name", ["fedit", *(pytest.param(name, marks=thorough) for name in ("ffa_lora", "rolora"))]
+    "name",
+    [
+        "fedit",
+        *(pytest.param(name, marks=thorough) for name in ("ffa_lora", "fedsa_lora", "rolora")),
+    ],
 )
 def test_a_wide_clip_leaves_methods_of_factors_too(name):
     equal_sizes = "data.partition={kind: iid, clients: 7, train: 30, test: 15}"

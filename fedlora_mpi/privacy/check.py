@@ -106,8 +106,8 @@ def _unfit_reason(
     if has_other_channels or not torch.equal(_flat(upload.mean), _flat(term.mean)):
         return (
             "has a server that makes something else of uploads before their mean, so that to clip "
-            "them bounds nothing; of LoRA's methods fedit, ffa_lora and rolora can be private, "
-            "with one rank for all"
+            "them bounds nothing; of LoRA's methods fedit, ffa_lora, fedsa_lora and rolora can be "
+            "private, with one rank for all"
         )
     if statistics := [leaf for leaf in upload.mean if model.role(leaf) == "stats"]:
         return (
