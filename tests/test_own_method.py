@@ -156,7 +156,7 @@ MISTAKES = {
     ),
     "an upload of a dict": (
         f"{UPLOAD}    return end.shared",
-        "upload returns a dict; it must return Upload(mean=..., sum=..., mix=..., numel=...)",
+        "upload returns a dict; it must return Upload(mean=..., sum=..., mix=..., numel=..., report=...)",
     ),
     "an upload that writes": (
         f"{UPLOAD}    for v in end.shared.values():\n        v.mul_(2)\n    return Upload(end.shared)",
