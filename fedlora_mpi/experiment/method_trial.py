@@ -225,6 +225,11 @@ def _check_factors(method: Algorithm, report: Tensor) -> None:
             f"mean_factors returns a tensor of shape {list(factors.shape)} for n = 2 clients; it "
             "must return the factors [n]"
         )
+    if factors.min() < 0 or abs(float(factors.mean()) - 1) > 1e-6:
+        raise MethodMistake(
+            f"mean_factors returns {factors.tolist()} for two clients with equal reports; factors "
+            "must be at least 0 and have the mean 1"
+        )
 
 
 def check_server(trial: MethodTrial) -> None:
