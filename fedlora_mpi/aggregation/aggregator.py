@@ -1,4 +1,7 @@
-"""From the uploads of a cohort to what its server receives, with one sum over all ranks."""
+"""From the uploads of a cohort to what its server receives, with one sum over all ranks.
+
+If weights depend on what all clients of the cohort report, a small sum of the reports comes before.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from ..core.names import display_name, method_leaf_name
+from ..core.names import method_leaf_name
 from ..core.seeds import derive_key, normal
 from ..core.tree import Tree, select_prefix, split
 from ..models.network import Model
@@ -23,10 +23,11 @@ def _parameters(model: Model) -> list[str]:
 
 
 def draw_seeds(model: Model, rng: Generator) -> Tree:
-    """Return the leaves with the seeds."""
+    """Return the leaves with the seeds, which differ from each other."""
     names = [_SEED, *(_SEED + n for n in _parameters(model))]
-    # below 2^24, so float32 holds them exactly
-    return {n: torch.randint(2**24, (), generator=rng).float() for n in names}
+    # float32 counts 2**23 leaves from it exactly
+    first = torch.randint(2**23, (), generator=rng)
+    return {n: (first + number).float() for number, n in enumerate(names)}
 
 
 def split_seeds(shared: Tree) -> tuple[Tree, Tree]:
@@ -48,7 +49,7 @@ def receiver_noise(seeds: Tree, like: Tree, deviation: float, round_: int) -> Tr
     noise = {}
     for n, seed in select_prefix(seeds, _SEED).items():
         if n:
-            key = derive_key(int(seed), "noise", round_, display_name(n))
+            key = derive_key(int(seed), "noise", round_)
             noise[n] = (deviation * normal(torch.tensor(key), tuple(like[n].shape))).to(like[n])
     return noise
 
