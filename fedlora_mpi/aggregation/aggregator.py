@@ -106,7 +106,7 @@ class Uploads(NamedTuple):
     contribution: Callable[[Tensor, int], Tensor]  # (term [D], client) -> what enters the sum
     reference: Tensor  # [D] what updates are measured from
     broken: list[int]  # clients whose loss or upload is not finite, or too large to be summed
-    numels: list[int]  # see ``Upload.numel``
+    numels: list[int]  # see ``Upload.sent_numel``
     offers: dict[int, PackedMix]  # for the mixes
     gathered: dict[int, Tensor]  # flat uploads that travel as they are
     held: dict[int, HeldTerm]  # terms whose weights depend on the reports of the cohort
