@@ -26,7 +26,15 @@ from fedlora_mpi.aggregation.client_mix import Mixing
 from fedlora_mpi.aggregation.neighbour_mix import NeighbourMixing
 from fedlora_mpi.aggregation.svd import right_vectors
 from fedlora_mpi.aggregation.topology import Complete, mixing_matrix
-from fedlora_mpi.algorithm import HOOKS, Aggregate, Algorithm, Transport, Update, Variables
+from fedlora_mpi.algorithm import (
+    HOOKS,
+    Aggregate,
+    Algorithm,
+    Reports,
+    Transport,
+    Update,
+    Variables,
+)
 from fedlora_mpi.components.gating import cut_tensors
 from fedlora_mpi.components.lora import FineTuning
 from fedlora_mpi.components.lowrank import LowRank, matrix_shape
@@ -97,6 +105,8 @@ SAID = {
     "fedga": Said("everything"),
     "fedbc": Said("everything", "its multiplier lam_i", Bytes("4 * (P + F + 1)", ALL, "4")),
     "bound_weight_like": Said("everything", "the last gap of its bounds", Bytes("4 * (P + F + 1)", ALL, "4")),
+    "ota_ffl_like": Said("everything", "its loss f_k, and m_k and s_k of its update",
+                         Bytes("4 * (P + F + 3)", ALL, "12")),
     "scaffold": Said("everything, and the control variate c", "control variate c_i",
                      Bytes("4 * (2 * P + F)", "4 * (2 * P + F)", "4 * P")),
     "fedglomo": Said("everything, and the parameters of the round before",
@@ -164,8 +174,7 @@ def measured(algorithm: Algorithm, model: Model) -> Bytes:
         mixed = (mixing.bytes_up, mixing.bytes_down) if mixing else (0, 0)
 
     def upload_numel(v: Variables) -> int:
-        upload = transport.method.upload(v, v, 0)
-        return numel(upload.message) if upload.numel is None else int(upload.numel)
+        return transport.method.upload(v, v, 0).sent_numel
 
     def download_numel(round_: int, server: Tree, shared: Tree) -> int:
         count = transport.download_numel
@@ -190,7 +199,8 @@ def served_once(
 ) -> Update:
     """What the server makes of one client that has learned nothing."""
     term = transport.untrained_term(first, first.shared)
-    aggregate = Aggregate(term.mean, term.sum, term.metrics, 0, 1, 1.0, 1.0)
+    reports = Reports.of({0: transport.untrained_upload(first, first.shared)})
+    aggregate = Aggregate(term.mean, term.sum, term.metrics, 0, 1, 1.0, 1.0, reports)
     return algorithm.server_update(server, first.shared, aggregate, partial(right_vectors, Solo()))
 
 
@@ -337,6 +347,8 @@ def mean(algorithm: Algorithm, model: Model) -> str:
     counted = f"{weight[algorithm.weights]} ({setting('weights')})"
     if term.weights and term.weights.keys() == term.mean.keys():
         counted = "clients count by weights of their own"
+    elif upload.report is not None:
+        counted = "clients count by weights that depend on what all of the round report"
     elif term.weights:
         counted += ", some leaves by weights of their own"
     found = f"{counted}; {away[algorithm.absent]} ({setting('absent')})"

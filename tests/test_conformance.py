@@ -150,7 +150,7 @@ def test_the_file_says_what_it_computes(name):
 # nothing else.
 COUNT_ALIKE = (
     "aggregation_broadcast bound_weight_like depositum_like ditto dpsgd fd fedapen fedavg_lora fedbc "
-    "fedbn fedga fedglomo fedkd fedlora fedproto fml pfedsd scaffold"
+    "fedbn fedga fedglomo fedkd fedlora fedproto fml ota_ffl_like pfedsd scaffold"
 )
 ABSENT_COUNT = "fedavg_lora fedlora pfedgate"
 JUDGED_TRAINED = "fedamp fedpac pfedgate pfedlora pfedme pfedsd"
@@ -264,6 +264,7 @@ WHOLE = {
     "fedala": ("algorithm.s=100",),  # weights are learned on all samples
     "fedapen": ("data.partition.alike=true",),  # which samples are held out
     "fedimpro": ("algorithm.weight=0",),  # features are drawn for each client
+    "ota_ffl_like": ("algorithm.sigma=0",),  # fading is drawn for each client
     "perfedavg": ("data.partition.alike=true",),  # D and D' are the halves of a batch, whichever
 }
 
@@ -413,6 +414,7 @@ STILL = {
     "ffa_lora.*.A": "the factor that never trains",
     "fed_rac_lora.*.B": "zero again, since it was merged",
     "fed_rac_lora.turn.seed": "all sketches follow from it",
+    "ota_ffl_like.seed*": "all fading and noise follow from them",
 }
 
 # Variables that no seed changes: {method.leaf: why}.
@@ -495,7 +497,8 @@ def test_bytes_are_those_of_the_upload_and_of_the_shared_leaves(name, model):
     transport, first = client_type.transport, client_type.local_initial
     first = Variables(clone_tree(first.shared), clone_tree(first.personal))
     upload = transport.method.upload(first, first, 0)
-    up, down = size(upload.message.values()), size(first.shared.values())
+    up = size((*upload.message.values(), upload.report))
+    down = size(first.shared.values())
     if mix := upload.mix:  # mixed rows come back to their clients
         sent = {id(v) for v in upload.message.values()}  # a row of the message is not sent again
         up += size(v for v in (*mix.rows.values(), mix.key, mix.extra) if id(v) not in sent)

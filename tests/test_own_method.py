@@ -156,7 +156,7 @@ MISTAKES = {
     ),
     "an upload of a dict": (
         f"{UPLOAD}    return end.shared",
-        "upload returns a dict; it must return Upload(mean=..., sum=..., mix=..., numel=...)",
+        "upload returns a dict; it must return Upload(mean=..., sum=..., mix=..., numel=..., report=...)",
     ),
     "an upload that writes": (
         f"{UPLOAD}    for v in end.shared.values():\n        v.mul_(2)\n    return Upload(end.shared)",
@@ -212,6 +212,24 @@ MISTAKES = {
     "a transport without a method": (
         "def transport(self, client, clients):\n    return Transport(client)",
         "transport returns an int as method; it must be a method, such as Transport(self)",
+    ),
+    "a report of a wrong shape": (
+        f"{UPLOAD}    return Upload(end.shared, report=torch.ones(2, 2))",
+        "the report of upload has the shape [2, 2]; it must be [k], k numbers",
+    ),
+    "a report that is not used": (
+        f"{UPLOAD}    return Upload(end.shared, report=torch.ones(2))",
+        "mean_factors fails: AssertionError: Mine reports numbers but does not use them",
+    ),
+    "factors of a wrong shape": (
+        f"{UPLOAD}    return Upload(end.shared, report=torch.ones(2))\n"
+        "def mean_factors(self, reports, round_):\n    return reports.numbers",
+        "mean_factors returns a tensor of shape [2, 2] for n = 2 clients; it must return the fact",
+    ),
+    "factors that sum to 1": (
+        f"{UPLOAD}    return Upload(end.shared, report=torch.ones(2))\n"
+        "def mean_factors(self, reports, round_):\n    return torch.full((2,), 0.5)",
+        "mean_factors returns [0.5, 0.5] for two clients with equal reports; factors must be at",
     ),
     "weights of a wrong shape": (
         f"{UPLOAD}    return Upload(end.shared, mix=Mix({{}}))\n"

@@ -627,6 +627,10 @@ def test_settings_that_make_no_sense_are_one_line(overrides, said):
         ),
         (("algorithm=fedamp", SECURE), "privacy.secure_aggregation = true: fedamp makes a mix"),
         (
+            ("algorithm=ota_ffl_like", SECURE),
+            "privacy.secure_aggregation = true: clients of ota_ffl_like report numbers one by one",
+        ),
+        (
             ("algorithm=fedavg", "participation=0.3", SECURE),
             "privacy.secure_aggregation = true: a cohort has 2 clients",
         ),
