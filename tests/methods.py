@@ -14,6 +14,8 @@ SETTINGS = {
     "fedex_lora": ("train.lr=0.02",),  # W and factors that all move: by 0.05 the cnn diverges
     "fedglomo": ("train.momentum=0", "train.lr=0.1"),
     "fedhl": ("train.lr=0.02",),  # as fedex_lora
+    # the network of the tiny experiment has no tokens; its head alone learns slowly
+    "fedhpl_like": ("algorithm.prompts=0", "algorithm.gamma=0.1", "train.lr=0.3"),
     "fedit": ("train.lr=0.02",),  # as fedex_lora
     # its division by D makes it steep
     "fedkd": ("algorithm.small=user_parts:with_norm", "train.lr=0.02"),

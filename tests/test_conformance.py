@@ -99,6 +99,7 @@ ALTERNATIVES = {
     "fedbc.gamma": ((), "0.01"),
     "fedbc.lam": ((), "0.1"),
     "fedcac.beta": ((), "1"),
+    "fedhpl_like.prompts": (("model={name: vit, width: 4, heads: 1, layers: 1}",), "2"),
     "fedimpro.split": ((), "conv"),
     "fedimpro.growth_rounds": ((), "4"),
     "fedper.personal": ((), "[head, norm.*]"),
@@ -150,7 +151,7 @@ def test_the_file_says_what_it_computes(name):
 # nothing else.
 COUNT_ALIKE = (
     "aggregation_broadcast bound_weight_like depositum_like ditto dpsgd fd fedapen fedavg_lora fedbc "
-    "fedbn fedga fedglomo fedkd fedlora fedproto fml pfedsd scaffold"
+    "fedbn fedga fedglomo fedhpl_like fedkd fedlora fedproto fml pfedsd scaffold"
 )
 ABSENT_COUNT = "fedavg_lora fedlora pfedgate"
 JUDGED_TRAINED = "fedamp fedpac pfedgate pfedlora pfedme pfedsd"
@@ -381,6 +382,7 @@ MOVERS = {
     "fedapen.mix.w": (after_round_1, "learned before the training from round 2 on"),
     "fedcac.critical.*.bias": (None, "a mask of few entries may come out as it was"),
     "fedcac.critical.norm.weight": (None, "a mask of four entries may come out as it was"),
+    "fedhpl_like.own.correct": (None, "numbers of samples, which may come out as they were"),
     "pfedgate.gate.in.weight": (
         None,
         "the scale of the one channel, which BatchNorm takes off again",
@@ -400,6 +402,8 @@ ALIKE = {
     "fedcac.critical.*.bias": "four entries have six masks of two",
     "fedcac.critical.norm.weight": "four entries have six masks of two",
     "fd.own.round": "the round in which they all took part last",
+    "fedhpl_like.own.round": "the round in which they all took part last",
+    "fedhpl_like.own.correct": "a few numbers of samples, of which some clients have none right",
     "fedbabu.*": "the head that all clients draw",
     "fedproto.own.classes": "four classes, of which many hold all",
     "pfedgate.gate.in.weight": "the scale of the one channel, which BatchNorm takes off again",

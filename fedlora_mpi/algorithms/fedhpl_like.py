@@ -1,10 +1,11 @@
 """Clients tune prompts and a head, and learn from each other's mean logits per class (FedHPL-like).
 
 Ma et al., "FedHPL: Efficient Heterogeneous Federated Learning with Prompt Tuning and Logit
-Distillation", 2024, https://arxiv.org/abs/2405.17267. Each client has a frozen vision Transformer,
-its own prompts and its own head (``components/prompts.py``). z are its logits. After training,
-client i classifies m_i[c] of its training samples of class c correctly; L_i[c] is the mean of their
-z. Clients j are those of the last round:
+Distillation", 2024, https://arxiv.org/abs/2405.17267, with the prompts of Jia et al., "Visual
+Prompt Tuning", ECCV 2022, https://arxiv.org/abs/2203.12119. Each client has a frozen vision
+Transformer, prompts at its input and a head of its own. z are its logits. After training, client i
+classifies m_i[c] of its samples of class c correctly; L_i[c] is the mean of their z. Clients j are
+those of the last round:
 
     loss    =  CE(z, y) + gamma T^2 KL(softmax(G_i[y] / T) || softmax(z / T))
     G_i[c]  =  sum_{j != i} m_j[c] L_j[c] / sum_{j != i} m_j[c]
