@@ -125,6 +125,8 @@ def together(name: str, model: str):
         "pfedgate": ("rounds=20",),  # its gates start half closed
         # gradients of 8 samples are too noisy to be tracked with the cnn
         "depositum_like": ("train.batch_size=40", "train.lr=0.2", "train.epochs=6"),
+        # a head learns little from the features of a random cnn
+        "fedhpl_like": ("train.lr=1", "algorithm.gamma=0.02"),
     }
     return run(name, model, "participation=1.0", "rounds=6", ONE_STACK, *settings.get(name, ()))
 

@@ -13,7 +13,7 @@ import far
 import pytest
 import small
 import torch
-from methods import SETTINGS
+from methods import FIELDS, SETTINGS
 from runs import NORM, run_rounds, snapshots_equal, tiny_config
 from tiers import thorough_param
 
@@ -57,7 +57,7 @@ def made(name, stacked=True, network="bn_net", device=small.CPU, sizes=small.SIZ
     train = replace(small.TRAIN, lr=0.02, **({"momentum": 0.0} if name in plain else {}))
     topology = Ring() if name in ("dpsgd", "depositum_like") else None
     federation, state = small.make_experiment(
-        algorithms.find_algorithm(name)(),
+        algorithms.find_algorithm(name)(**FIELDS.get(name, {})),
         network,
         sizes,
         stacked=stacked,

@@ -29,7 +29,7 @@ def numbers(*shape):
 
 NAMES = {  # of what comes before, of what is in, and of what comes after the blocks: torchvision's
     "embedding.class_token": "class_token",
-    "embedding.places": "encoder.pos_embedding",
+    "embedding.places.weight": "encoder.pos_embedding",
     "embedding.patches.weight": "conv_proj.weight",
     "embedding.patches.bias": "conv_proj.bias",
     "norm1": "ln_1",
@@ -69,7 +69,7 @@ def test_the_default_fits_cifar():
     model = zoo.build("vit", {}, 10, (3, 32, 32), 1)
     parameters = sum(v.numel() for v in model.initial.values())
     assert f"{parameters:,}" in " ".join(zoo.vit.__doc__.split())
-    assert model.initial["embedding.places"].shape == (1 + 64, 128)
+    assert model.initial["embedding.places.weight"].shape == (1 + 64, 128)
     assert model.head == "head" and model.ends_in_linear and not model.batch_statistics
 
 
@@ -128,7 +128,7 @@ def test_it_is_for_images(shape, tokens, data):
     "algorithm", ["fedavg", thorough_param("fedlora"), thorough_param("fedit")]
 )
 def test_it_trains_alike_in_loop_and_stack(algorithm):
-    how = TINY_VIT, f"algorithm={algorithm}", "rounds=1", "train.epochs=1"
+    how = TINY_VIT, f"algorithm={algorithm}", "rounds=1", "train.epochs=2"
     stack, loop = (run_rounds(*how, f"engine.path={path}")[0] for path in ("stack", "loop"))
     for leaf, value in stack[-1].shared.items():
         torch.testing.assert_close(value, loop[-1].shared[leaf], rtol=0, atol=1e-5)

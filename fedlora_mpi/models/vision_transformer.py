@@ -14,13 +14,15 @@ class Embedding(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
         self.class_token = nn.Parameter(torch.zeros(width))
-        self.places = nn.Parameter(0.02 * torch.randn(1 + patches, width))
+        self.places = nn.Embedding(1 + patches, width)
+        with torch.no_grad():
+            self.places.weight *= 0.02  # N(0, 0.02^2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return tokens [B, 1 + patches, width] of images x [B, ch, H, W]."""
         z = self.patches(x).flatten(2).transpose(1, 2)  # [B, patches, width]
         first = self.class_token.expand(len(x), 1, -1)
-        return torch.cat([first, z], 1) + self.places
+        return torch.cat([first, z], 1) + self.places.weight
 
 
 class VisionTransformer(nn.Module):
