@@ -11,13 +11,13 @@ the measurement, and the pages with the code.
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from math import ceil, prod
 from pathlib import Path
 from textwrap import fill
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,6 +69,7 @@ class Said(NamedTuple):
     personal: str = "–"
     bytes: Bytes = Bytes("4 * (P + F)", "4 * (P + F)")
     server: str = "–"
+    settings: Mapping[str, Any] = {}  # those that REFERENCE needs, where it is not the defaults'
 
 
 ALL = "4 * (P + F)"
@@ -131,6 +132,9 @@ SAID = {
     "lg_fedavg": Said("head", "all but the head", Bytes("4 * H", "4 * H", BODY)),
     "fd": Said("mean outputs by class", "the network, own mean outputs, the round they are of",
                Bytes("4 * K * K", "4 * K * K", "4 * (P + F + K * K + 1)")),
+    "fedhpl_like": Said("sums of logits by class, and how many samples these are of",
+                        "head, prompts (none beside `resnet8`), own logits, the round they are of",
+                        Bytes(*2 * ["4 * (K * K + K)"], "4 * (H + K * K + K + 1)"), settings={"prompts": 0}),
     "fedproto": Said("prototypes", "the network, which classes it holds",
                      Bytes("4 * K * d", "4 * K * d", "4 * (P + F + K)")),
     "fedit": Said("factors A and B, head", bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
@@ -156,6 +160,11 @@ SAID = {
 
 
 # The numbers.
+
+
+def reference_method(name: str) -> Algorithm:
+    """A method with settings that fit ``REFERENCE``: the defaults, or those of ``SAID``."""
+    return algorithms.find_algorithm(name)(**SAID[name].settings)
 
 
 def measured(algorithm: Algorithm, model: Model) -> Bytes:
@@ -373,7 +382,7 @@ def overview(page: str, model: Model) -> Iterator[str]:
     yield "| method | file | paper | shared | bytes up | bytes down | judged | lines |"
     yield "|---|---|---|---|---:|---:|---|---:|"
     for title, name in HEADING.findall(page):
-        counted = measured(algorithms.find_algorithm(name)(), model)
+        counted = measured(reference_method(name), model)
         anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
         cells = f"[{title}](#{anchor})", _link(name), text_of(name).short, SAID[name].shared
         cells += (
@@ -415,7 +424,8 @@ def hooks() -> Iterator[str]:
 def facts(name: str, model: Model) -> Iterator[str]:
     """What is known of one method."""
     cls, text, said = algorithms.find_algorithm(name), text_of(name), SAID[name]
-    algorithm, counted = cls(), measured(cls(), model)
+    algorithm = reference_method(name)
+    counted = measured(algorithm, model)
 
     def equal(kind):
         return f"{getattr(said.bytes, kind).replace(' * ', ' ')} = {getattr(counted, kind):,}"

@@ -49,6 +49,7 @@ SETTINGS = {
     **dict.fromkeys(("scaffold", "pfedme", "fedglomo"), ("train.momentum=0",)),
     "dpsgd": ("topology=ring",),
     "depositum_like": ("topology=ring", "train.momentum=0", "train.weight_decay=0"),
+    "fedhpl_like": ("algorithm.prompts=0",),  # these networks have no tokens
     "fedrep": ("algorithm.head_epochs=0",),
     **dict.fromkeys(("fedlora", "local_lora", "fedavg_lora"), ("algorithm.order=simultaneous",)),
     "fedala": ("algorithm.start_epochs=1",),

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from methods import FIELDS
 from runs import TINY, package_lines
 from tiers import tiered_param
 
@@ -259,7 +260,8 @@ def test_a_mistake_of_a_hook_is_named(method, case):
 @pytest.mark.parametrize("name", algorithms.algorithm_names())
 def test_methods_of_the_package_have_none(name):
     try_with_three_clients(
-        name, **({"small": "cnn"} if name in ("fml", "fedkd", "fedapen") else {})
+        name,
+        **({"small": "cnn"} if name in ("fml", "fedkd", "fedapen") else FIELDS.get(name, {})),
     )
 
 

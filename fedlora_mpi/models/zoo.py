@@ -23,6 +23,7 @@ from .coupling import couples_examples
 from .network import Model, from_module
 from .resnet import ResNet
 from .transformer import Transformer
+from .vision_transformer import VisionTransformer
 
 
 def resnet8(classes: int, shape: tuple[int, ...]) -> nn.Module:
@@ -79,21 +80,48 @@ def transformer(
     dropout: float = 0.0,
 ) -> nn.Module:
     """A Transformer encoder for texts of up to ``shape[0]`` words; its head takes their mean."""
-    options: dict[str, Any] = {
-        "width": width,
-        "heads": heads,
-        "layers": layers,
-        "feedforward": feedforward,
-        "dropout": dropout,
-    }
-    for name in ("width", "heads", "layers", "feedforward"):
-        if options[name] < 1:
-            raise ValueError(f"{name} = {options[name]}: must be an integer of at least 1")
+    sizes = _encoder_sizes(width, heads, layers, feedforward, dropout)
+    return Transformer(classes, shape[0], tokens, padding, **sizes)
+
+
+def vit(
+    classes: int,
+    shape: tuple[int, ...],
+    *,
+    patch: int = 4,
+    width: int = 128,
+    heads: int = 4,
+    layers: int = 6,
+    feedforward: int = 256,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """A vision Transformer for images of ``patch`` x ``patch`` pixels a token; 811,146 parameters
+    for CIFAR-10.
+    """
+    sizes = _encoder_sizes(width, heads, layers, feedforward, dropout)
+    channels, *sides = shape
+    if patch < 1 or any(side % patch for side in sides):
+        raise ValueError(
+            f"patch = {patch}: must be at least 1 and divide the sides of the images, "
+            f"{sides[0]} x {sides[1]} pixels"
+        )
+    patches = math.prod(side // patch for side in sides)
+    return VisionTransformer(classes, channels, patches, patch=patch, **sizes)
+
+
+def _encoder_sizes(
+    width: int, heads: int, layers: int, feedforward: int, dropout: float
+) -> dict[str, Any]:
+    """Return the settings of a Transformer encoder; raise ValueError for those it cannot have."""
+    sizes = {"width": width, "heads": heads, "layers": layers, "feedforward": feedforward}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} = {size}: must be an integer of at least 1")
     if width % heads:
         raise ValueError(f"heads = {heads}: must divide width = {width}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout = {dropout}: must be at least 0 and below 1")
-    return Transformer(classes, shape[0], tokens, padding, **options)
+    return sizes | {"dropout": dropout}
 
 
 def hf(
@@ -152,7 +180,7 @@ YI_CNNS = (
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     builder.__name__: builder
-    for builder in (resnet8, resnet10, cifar_resnet8, cnn, *YI_CNNS, mlp, transformer, hf)
+    for builder in (resnet8, resnet10, cifar_resnet8, cnn, *YI_CNNS, mlp, transformer, vit, hf)
 }
 _ANY_NUMBERS = ("mlp",)  # the other networks of BUILDERS are for images or texts
 
