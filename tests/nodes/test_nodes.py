@@ -11,6 +11,5 @@ def test_two_nodes_with_two_ranks_each_give_the_bits_of_one_process(make_nodes, 
     ended = run_process(lab.mpirun(*command_line("run", TINY, "output=run")), tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert_same_run(trained(), tmp_path / "run")
-    for node, count in zip(lab.nodes, before, strict=True):
-        print(node.received_bytes() - count, node.processes())
-    assert 0
+    received = [node.received_bytes() for node in lab.nodes]
+    assert all(b - a > 100_000 for a, b in zip(before, received, strict=True))
