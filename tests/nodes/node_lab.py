@@ -22,7 +22,7 @@ import pytest
 from runs import mpirun_command, run_process
 
 _START_TIMEOUT = 20  # seconds
-_HOLDER = "sleep infinity"  # the process that keeps the namespaces of a node
+_HOLDER = "sleep"  # the program that keeps the namespaces of a node
 
 # Waits on its input, which closes when the process of the tests ends.
 _SWITCH = r"""
@@ -79,22 +79,22 @@ class Node:
         """What a command on this node prints; fails where it fails."""
         return _run_command(self.command(*line), cwd)
 
-    def processes(self, word: str = "") -> list[int]:
-        """The processes of this node with ``word`` in their command lines."""
+    def processes(self, *programs: str) -> list[int]:
+        """The processes of this node that run one of these programs; without any, all."""
         pids = []
         for entry in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it has ended
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                program = (entry / "comm").read_text().strip()
                 is_here = os.readlink(entry / "ns/net") == self._network
-                if is_here and word in line and line != _HOLDER:
+                if is_here and program in (programs or {program} - {_HOLDER}):
                     pids.append(int(entry.name))
         return pids
 
-    def signal_processes(self, word: str = "", number: int = signal.SIGKILL) -> int:
-        """Send a signal to the processes with ``word`` in their command lines; how many got it."""
-        pids = self.processes(word)
+    def kill(self, program: str) -> int:
+        """SIGKILL to all processes of this node that run ``program``; how many there were."""
+        pids = self.processes(program)
         for pid in pids:
-            os.kill(pid, number)
+            os.kill(pid, signal.SIGKILL)
         return len(pids)
 
     def cut_link(self) -> None:
