@@ -63,6 +63,16 @@ exec nsenter -t "$pid" --net --uts --mount --ipc env -C "$folder" TMPDIR=/mnt ba
 """
 
 
+def processes_of_network(network: str) -> dict[int, str]:
+    """{pid: program} of the processes in the network namespace ``network``, "net:[4026531833]"."""
+    program_of = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if os.readlink(entry / "ns/net") == network:
+                program_of[int(entry.name)] = (entry / "comm").read_text().strip()
+    return program_of
+
+
 class Node:
     """One of the nodes."""
 
@@ -81,14 +91,12 @@ class Node:
 
     def processes(self, *programs: str) -> list[int]:
         """The processes of this node that run one of these programs; without any, all."""
-        pids = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended
-                program = (entry / "comm").read_text().strip()
-                is_here = os.readlink(entry / "ns/net") == self._network
-                if is_here and program in (programs or {program} - {_HOLDER}):
-                    pids.append(int(entry.name))
-        return pids
+        program_of = processes_of_network(self._network)
+        return [
+            pid
+            for pid, program in program_of.items()
+            if program in (programs or {program} - {_HOLDER})
+        ]
 
     def kill(self, program: str) -> int:
         """SIGKILL to all processes of this node that run ``program``; how many there were."""

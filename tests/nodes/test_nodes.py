@@ -1,7 +1,23 @@
-"""Runs on several nodes: namespaces of one machine, and TCP between them."""
+"""Runs on two nodes: namespaces of one machine, and TCP between them."""
 
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
 import pytest
-from runs import TINY, assert_same_run, command_line, run_process
+from node_lab import processes_of_network
+from runs import (
+    TESTS,
+    TINY,
+    assert_same_run,
+    command_line,
+    launch,
+    package_lines,
+    run_process,
+    wait_until,
+)
 
 
 @pytest.mark.thorough
@@ -13,3 +29,92 @@ def test_two_nodes_with_two_ranks_each_give_the_bits_of_one_process(make_nodes, 
     assert_same_run(trained(), tmp_path / "run")
     received = [node.received_bytes() for node in lab.nodes]
     assert all(b - a > 100_000 for a, b in zip(before, received, strict=True))
+
+
+@pytest.mark.slow
+def test_two_runs_side_by_side_on_the_same_nodes_do_not_disturb_each_other(
+    make_nodes, trained, tmp_path
+):
+    lab, names = make_nodes(2), ["a", "b"]
+    with ExitStack() as stack:
+        both = [
+            stack.enter_context(
+                launch(
+                    lab.mpirun(*command_line("run", TINY, f"output={name}"), ranks=1), tmp_path
+                )
+            )
+            for name in names
+        ]
+        errors = [process.communicate(timeout=600)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    for name in names:
+        assert_same_run(trained(), tmp_path / name)
+
+
+# /mnt is a folder that each node has for itself.
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_nodes_do_not_share_is_refused_before_anything_is_written(
+    make_nodes, tmp_path
+):
+    lab = make_nodes(2)
+    line = lab.mpirun(*command_line("run", TINY, "output=/mnt/runs/a"), ranks=1)
+    ended = run_process(line, tmp_path, timeout=600)
+    assert ended.returncode == 2, ended.stderr
+    assert package_lines(ended.stderr) == [
+        "fedlora-mpi: output = /mnt/runs/a: rank 1 (host node2) does not see /mnt/runs, where "
+        "rank 0 writes; give a folder that all nodes share"
+    ]
+    assert "round 1" not in ended.stderr
+    assert [node.run("ls", "-A", "/mnt") for node in lab.nodes] == ["", ""]
+
+
+@pytest.mark.slow
+def test_data_that_differ_between_nodes_are_refused_before_anything_is_written(
+    make_nodes, tmp_path
+):
+    lab = make_nodes(2)
+    x, y = np.random.default_rng(3).random((60, 3, 8, 8), np.float32), np.arange(60) % 4
+    for number, node in enumerate(lab.nodes):
+        x[7] += number  # one sample of node 2 is another
+        file = tmp_path / f"{number}.npz"
+        np.savez(file, x_train=x, y_train=y, x_test=x[:20], y_test=y[:20], mean=0.0, std=1.0)
+        node.run("cp", file, "/mnt/own.npz")
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        "data: {dataset: npz, path: /mnt/own.npz, partition: {kind: iid, clients: 5}}\n"
+        "model: {name: cnn, width: 4, hidden: 8}\nalgorithm: fedavg\nrounds: 1\n"
+    )
+    line = lab.mpirun(*command_line("run", config, "output=run"), ranks=1)
+    ended = run_process(line, tmp_path, timeout=600)
+    assert ended.returncode == 2, ended.stderr
+    assert package_lines(ended.stderr) == [""]
+    assert not (tmp_path / "run").exists()
+
+
+# The nodes themselves.
+
+_HOLD_NODES = """
+import sys
+from pathlib import Path
+from node_lab import node_lab
+
+with node_lab(Path(sys.argv[1]), 2) as lab:
+    lab.nodes[1].run("sleep", "600")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_of_the_nodes_stays_when_the_tests_are_ended(number, tmp_path, interruptible):
+    mounts = Path("/proc/mounts").read_text()
+    line = [sys.executable, "-c", _HOLD_NODES, str(tmp_path)]
+    with launch(line, tmp_path, PYTHONPATH=f"{TESTS / 'nodes'}:{TESTS}:{TESTS.parent}") as process:
+        wait_until((tmp_path / "ready").exists, process=process)
+        networks = [(tmp_path / f"node{k}.network").read_text().strip() for k in (1, 2)]
+        assert all(map(processes_of_network, networks))
+        process.send_signal(number)
+        wait_until(lambda: not any(map(processes_of_network, networks)))
+    assert not [path for path in Path("/sys/class/net").iterdir() if "switch" in path.name]
+    assert Path("/proc/mounts").read_text() == mounts
