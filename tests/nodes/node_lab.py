@@ -3,7 +3,7 @@
 Each node has its own host name, network, processes' shared memory and /mnt; nodes share all other
 files and the kernel. Messages between nodes are TCP over a switch. The network and all processes
 live in a PID namespace that ends with the test, however the test ends: no link, mount or process
-stays on the machine. Needs root, ``ip`` of iproute2, and ``nsenter`` and ``unshare`` of util-linux.
+stays on the machine. Needs root, ``ip`` of iproute2, and util-linux.
 """
 
 import json
@@ -59,7 +59,7 @@ _ON = r"""#!/bin/bash
 node=$1 folder=$PWD
 shift
 pid=$(cat "{home}/$node.pid")
-exec nsenter -t "$pid" --net --uts --mount --ipc env -C "$folder" TMPDIR=/mnt bash -c "$*"
+exec nsenter -t "$pid" --net --uts --mount --ipc env -C "$folder" TMPDIR=/dev/shm bash -c "$*"
 """
 
 
@@ -147,7 +147,9 @@ class NodeLab:
         """The command line that runs ``line`` at the switch."""
         namespaces = f"/proc/{self._pid}/ns"
         enter = f"nsenter --pid={namespaces}/pid_for_children --mount={namespaces}/mnt"
-        script = f'exec {enter} --net={namespaces}/net env -C "$PWD" "$@"'
+        # what runs inside ends with what was started outside
+        program = 'setpriv --pdeathsig KILL env -C "$PWD" "$@"'
+        script = f"exec {enter} --net={namespaces}/net {program}"
         return ["bash", "-c", script, "switch", *map(str, line)]
 
     def run(self, *line: str | Path) -> str:
@@ -175,7 +177,8 @@ def node_lab(home: Path, number: int) -> Iterator[NodeLab]:
     """So many running nodes. Skips the test, with the reason, where there can be none."""
     if os.geteuid() != 0:
         pytest.skip("only root can make nodes of namespaces")
-    if missing := [name for name in ("ip", "nsenter", "unshare") if not shutil.which(name)]:
+    programs = ("ip", "nsenter", "setpriv", "unshare")
+    if missing := [name for name in programs if not shutil.which(name)]:
         pytest.skip(f"no {', '.join(missing)}: apt-get install iproute2 util-linux")
     agent = home / "on"
     agent.write_text(_ON.format(home=home))

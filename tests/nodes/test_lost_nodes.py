@@ -1,7 +1,5 @@
 """Ranks, daemons and links that fail during a run on two nodes."""
 
-import time
-
 from typing import NamedTuple
 
 import pytest
@@ -48,7 +46,6 @@ def end_of_run(make_nodes, tmp_path):
             for node in lab.nodes:
                 node.kill("prted")  # one without a link goes on, and keeps the output open
             _, errors = process.communicate(timeout=20)
-        print(time.time(), errors)
         return Ending(lab.nodes[1], process.returncode, errors)
 
     return run
@@ -79,8 +76,7 @@ def test_a_run_whose_daemon_dies_ends_and_resumes(end_of_run, call, trained, tmp
     ending = end_of_run(
         lambda node: node.kill("prted"), "faults.tolerate=true", options=TOLERANT
     )
-    print("CODE", ending.code)
-    assert "A daemon failed to report back" in ending.errors
+    assert (ending.code, package_lines(ending.errors)) == (0, [])  # mpirun ends all, with code 0
     assert resumed(call, tmp_path / "run")
     assert_same_run(trained(*ROUNDS), tmp_path / "run")
 
