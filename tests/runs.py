@@ -389,9 +389,7 @@ def rank_pids(launcher: int) -> dict[int, int]:
         if ancestor == launcher:
             with suppress(OSError):  # it has ended since
                 environment = Path(f"/proc/{pid}/environ").read_bytes()
-                if rank := re.search(
-                    rb"\0(?:OMPI_COMM_WORLD_RANK|PMI_RANK)=(\d+)", environment
-                ):
+                if rank := re.search(rb"\0(?:OMPI_COMM_WORLD_RANK|PMI_RANK)=(\d+)", environment):
                     pid_of[int(rank[1])] = pid
     return pid_of
 

@@ -11,6 +11,4 @@ from node_lab import NodeLab, node_lab
 def make_nodes(tmp_path_factory) -> Iterator[Callable[[int], NodeLab]]:
     """``make_nodes(3)``: three nodes that are gone after the test."""
     with ExitStack() as stack:
-        yield lambda number: stack.enter_context(
-            node_lab(tmp_path_factory.mktemp("nodes"), number)
-        )
+        yield lambda number: stack.enter_context(node_lab(tmp_path_factory.mktemp("nodes"), number))

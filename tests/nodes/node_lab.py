@@ -1,7 +1,7 @@
 """Several nodes on one machine for the tests: namespaces of Linux, joined by a network of their own.
 
-Each node has its own host name, network, processes' shared memory and /mnt; nodes share all other
-files and the kernel. Messages between nodes are TCP over a switch. The network and all processes
+Each node has its own host name, network, shared memory and /mnt; nodes share all other files and the
+kernel. Messages between nodes are TCP over a switch. The network and all processes
 live in a PID namespace that ends with the test, however the test ends: no link, mount or process
 stays on the machine. Needs root, ``ip`` of iproute2, and util-linux.
 """
@@ -21,8 +21,7 @@ from pathlib import Path
 import pytest
 from runs import mpirun_command, run_process
 
-_START_TIMEOUT = 20  # seconds
-_HOLDER = "sleep"  # the program that keeps the namespaces of a node
+_START_TIMEOUT = 60  # seconds
 
 # Waits on its input, which closes when the process of the tests ends.
 _SWITCH = r"""
@@ -89,14 +88,10 @@ class Node:
         """What a command on this node prints; fails where it fails."""
         return _run_command(self.command(*line), cwd)
 
-    def processes(self, *programs: str) -> list[int]:
-        """The processes of this node that run one of these programs; without any, all."""
+    def processes(self, program: str) -> list[int]:
+        """The processes of this node that run ``program``."""
         program_of = processes_of_network(self._network)
-        return [
-            pid
-            for pid, program in program_of.items()
-            if program in (programs or {program} - {_HOLDER})
-        ]
+        return [pid for pid, name in program_of.items() if name == program]
 
     def kill(self, program: str) -> int:
         """SIGKILL to all processes of this node that run ``program``; how many there were."""

@@ -1,5 +1,7 @@
 """Ranks, daemons and links that fail during a run on two nodes."""
 
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -18,6 +20,7 @@ from runs import (
 pytestmark = pytest.mark.slow
 ROUNDS = [SLOW, "rounds=8", "checkpoint.every=2"]
 TOLERANT = "--with-ft ulfm"
+PYTHON = Path(sys.executable).name  # the program of a rank
 
 
 class Ending(NamedTuple):
@@ -42,7 +45,7 @@ def end_of_run(make_nodes, tmp_path):
             wait_until(lambda: last_checkpoint(tmp_path / "run") >= 2, 300, process)
             fail(lab.nodes[1])
             wait_until(lambda: process.poll() is not None, 600)
-            wait_until(lambda: not any(node.processes("python") for node in lab.nodes))
+            wait_until(lambda: not any(node.processes(PYTHON) for node in lab.nodes))
             for node in lab.nodes:
                 node.kill("prted")  # one without a link goes on, and keeps the output open
             _, errors = process.communicate(timeout=20)
@@ -51,15 +54,19 @@ def end_of_run(make_nodes, tmp_path):
     return run
 
 
-def resumed(call, run):
-    """Whether the run was not done, and is now."""
-    return [call("status", run)[0], call("resume", run)[0], call("status", run)[0]] == [75, 0, 0]
+def assert_resumes(call, run):
+    """The run was not done, and is now."""
+    codes = [call("status", run)[0], call("resume", run)[0], call("status", run)[0]]
+    assert codes == [75, 0, 0]
+    assert not (run / ".pulse").exists()
 
 
 @pytest.mark.parametrize("mapping", ["slot", "node"])
-def test_the_other_node_goes_on_when_all_ranks_of_a_node_die(end_of_run, mapping, trained, tmp_path):
+def test_the_other_node_goes_on_when_all_ranks_of_a_node_die(
+    end_of_run, mapping, trained, tmp_path
+):
     def kill_ranks(node):
-        assert node.kill("python") == 2
+        assert node.kill(PYTHON) == 2
 
     options = f"{TOLERANT} --map-by {mapping}"
     ending = end_of_run(kill_ranks, "faults.tolerate=true", ranks=2, options=options)
@@ -69,15 +76,14 @@ def test_the_other_node_goes_on_when_all_ranks_of_a_node_die(end_of_run, mapping
     place, dead = {"slot": ("from what was on disk", "2, 3"), "node": ("after", "1, 3")}[mapping]
     assert line.startswith(f"fedlora-mpi: lost rank {dead}: 2 ranks go on with round ")
     assert place in line
+    assert not (tmp_path / "run/.pulse").exists()
     assert_same_run(trained(*ROUNDS), tmp_path / "run")
 
 
 def test_a_run_whose_daemon_dies_ends_and_resumes(end_of_run, call, trained, tmp_path):
-    ending = end_of_run(
-        lambda node: node.kill("prted"), "faults.tolerate=true", options=TOLERANT
-    )
+    ending = end_of_run(lambda node: node.kill("prted"), "faults.tolerate=true", options=TOLERANT)
     assert (ending.code, package_lines(ending.errors)) == (0, [])  # mpirun ends all, with code 0
-    assert resumed(call, tmp_path / "run")
+    assert_resumes(call, tmp_path / "run")
     assert_same_run(trained(*ROUNDS), tmp_path / "run")
 
 
@@ -87,7 +93,7 @@ def test_a_run_whose_link_is_cut_ends_in_one_line_and_resumes(end_of_run, call, 
     (line,) = package_lines(ending.errors)
     assert "all ranks wait for each other: their messages do not get through for 15 s" in line
     assert line.endswith("continue with 'mpirun -n 2 fedlora-mpi resume run'")
-    assert resumed(call, tmp_path / "run")
+    assert_resumes(call, tmp_path / "run")
     assert_same_run(trained(*ROUNDS), tmp_path / "run")
 
 

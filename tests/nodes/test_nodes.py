@@ -39,9 +39,7 @@ def test_two_runs_side_by_side_on_the_same_nodes_do_not_disturb_each_other(
     with ExitStack() as stack:
         both = [
             stack.enter_context(
-                launch(
-                    lab.mpirun(*command_line("run", TINY, f"output={name}"), ranks=1), tmp_path
-                )
+                launch(lab.mpirun(*command_line("run", TINY, f"output={name}"), ranks=1), tmp_path)
             )
             for name in names
         ]
