@@ -1,9 +1,9 @@
 """Several nodes on one machine for the tests: namespaces of Linux, joined by a network of their own.
 
 Each node has its own host name, network, shared memory and /mnt; nodes share all other files and the
-kernel. Messages between nodes are TCP over a switch. The network and all processes
-live in a PID namespace that ends with the test, however the test ends: no link, mount or process
-stays on the machine. Needs root, ``ip`` of iproute2, and util-linux.
+kernel. Messages between nodes are TCP over a switch. The network and all processes live in a PID
+namespace that ends with the test, however the test ends: no link, mount or process stays on the
+machine. Needs root, iproute2 and util-linux.
 """
 
 import json
@@ -22,6 +22,7 @@ import pytest
 from runs import mpirun_command, run_process
 
 _START_TIMEOUT = 60  # seconds
+_UNSHARE = shlex.split("unshare --pid --net --mount --uts --ipc --fork --kill-child --mount-proc")
 
 # Waits on its input, which closes when the process of the tests ends.
 _SWITCH = r"""
@@ -170,19 +171,13 @@ def _run_command(line: list[str], cwd: Path) -> str:
 @contextmanager
 def node_lab(home: Path, number: int) -> Iterator[NodeLab]:
     """So many running nodes. Skips the test, with the reason, where there can be none."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can make nodes of namespaces")
-    programs = ("ip", "nsenter", "setpriv", "unshare")
-    if missing := [name for name in programs if not shutil.which(name)]:
-        pytest.skip(f"no {', '.join(missing)}: apt-get install iproute2 util-linux")
+    _check_machine()
     agent = home / "on"
     agent.write_text(_ON.format(home=home))
     agent.chmod(0o755)
-    namespaces = "--pid --net --mount --uts --ipc --fork --kill-child --mount-proc".split()
-    script = ["bash", "-c", _SWITCH, "switch", str(home), str(number), _NODE]
     with open(home / "log", "w") as log:
         process = subprocess.Popen(
-            ["unshare", *namespaces, *script],
+            [*_UNSHARE, "bash", "-c", _SWITCH, "switch", str(home), str(number), _NODE],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -198,3 +193,12 @@ def node_lab(home: Path, number: int) -> Iterator[NodeLab]:
         yield NodeLab(home, process.pid, number)
     finally:
         process.communicate()  # its input ends, and all processes of all nodes with it
+
+
+def _check_machine() -> None:
+    """Skip the test, with the reason, where nodes cannot be made."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make nodes of namespaces")
+    programs = ("ip", "nsenter", "setpriv", "unshare")
+    if missing := [name for name in programs if not shutil.which(name)]:
+        pytest.skip(f"no {', '.join(missing)}: apt-get install iproute2 util-linux")
