@@ -66,6 +66,7 @@ def assert_resumes(call, run):
 @pytest.mark.parametrize(
     "mapping, dead, source",
     [("slot", ["2", "3"], "from what was on disk"), ("node", ["1", "3"], "clients moved: ")],
+    ids=["slot", "node"],
 )
 def test_the_other_node_goes_on_when_all_ranks_of_a_node_die(
     end_of_run, mapping, dead, source, trained, tmp_path
