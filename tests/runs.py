@@ -387,12 +387,10 @@ def rank_pids(launcher: int) -> dict[int, int]:
         while ancestor in parents and ancestor != launcher:
             ancestor = parents[ancestor]
         if ancestor == launcher:
-            rank = re.search(
-                rb"\0(?:OMPI_COMM_WORLD_RANK|PMI_RANK)=(\d+)",
-                Path(f"/proc/{pid}/environ").read_bytes(),
-            )
-            if rank:
-                pid_of[int(rank[1])] = pid
+            with suppress(OSError):  # it has ended since
+                environment = Path(f"/proc/{pid}/environ").read_bytes()
+                if rank := re.search(rb"\0(?:OMPI_COMM_WORLD_RANK|PMI_RANK)=(\d+)", environment):
+                    pid_of[int(rank[1])] = pid
     return pid_of
 
 

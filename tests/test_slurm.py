@@ -273,8 +273,8 @@ def test_a_job_that_is_told_to_stop_twice_goes_on_to_the_same_bits(slurm, undist
             ),
             200,
         )
-        slurm.call("scancel", "--batch", "--signal=USR1", number)
-        wait_until(lambda stop=stop: slurm.job(number)["Restarts"] == str(stop), 100)
+        slurm.run_command("scancel", "--batch", "--signal=USR1", number)
+        wait_until(lambda stop=stop: slurm.job_info(number)["Restarts"] == str(stop), 100)
         assert before < last_checkpoint(folder) < 12
     job = slurm.wait_for_job(number)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "2"), (
@@ -293,7 +293,7 @@ def test_a_job_that_is_told_to_stop_twice_goes_on_to_the_same_bits(slurm, undist
 def test_a_job_whose_time_is_nearly_up_goes_on_in_a_second_one(slurm, undisturbed, tmp_path):
     # SIGUSR1 after a minute
     number = queued(slurm, tmp_path, "--ranks", "1", "--time", "3", pause="0.25")
-    wait_until(lambda: slurm.job(number)["Restarts"] == "1", 180)
+    wait_until(lambda: slurm.job_info(number)["Restarts"] == "1", 180)
     assert 0 < last_checkpoint(tmp_path / "run") < 12
     assert slurm.wait_for_job(number)["JobState"] == "COMPLETED"
     one, other = digests(tmp_path / "run", undisturbed)
@@ -311,10 +311,10 @@ def test_a_task_of_an_array_is_queued_again_without_the_others(slurm, undisturbe
         carry.array_script("tests", 2, 1, tmp_path / "jobs.txt", tmp_path)
     )
     line = ["sbatch", "--parsable", "array.sbatch"]
-    number = slurm.call(*line, cwd=tmp_path, TEST_PAUSE="0.1").strip()
+    number = slurm.run_command(*line, cwd=tmp_path, TEST_PAUSE="0.1").strip()
     log = tmp_path / f"slurm-{number}_2.log"
     wait_until(lambda: log.exists() and "round 2/12 " in log.read_text(errors="replace"), 200)
-    slurm.call("scancel", "--batch", "--signal=USR1", f"{number}_2")
+    slurm.run_command("scancel", "--batch", "--signal=USR1", f"{number}_2")
     jobs = [slurm.wait_for_job(f"{number}_{task}") for task in (1, 2)]
     assert [(job["JobState"], job["Restarts"]) for job in jobs] == [
         ("COMPLETED", "0"),

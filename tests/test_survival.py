@@ -493,6 +493,16 @@ def test_ranks_that_all_wait_for_each_other_end(who, tmp_path, monkeypatch):
     assert now == 60 or 20 < now < 40
 
 
+def test_rank_0_removes_the_signs_that_dead_ranks_have_left(tmp_path):
+    folder, comm = tmp_path / ".pulse", Waiting(0)
+    folder.mkdir()
+    for name in ("0", "1", "2", ".2.tmp", "11", "note"):
+        (folder / name).touch()
+    comm.heartbeat.members = (0, 1)
+    watchdog.LifeSigns(comm, folder, 20.0).remove()
+    assert {path.name for path in folder.iterdir()} == {"1", "note"}
+
+
 def test_a_rank_that_waits_for_mpi_to_start_ends_with_a_line_though_it_holds_pythons_lock(tmp_path):
     lock = "import ctypes; from fedlora_mpi.mpi.launch import limit_startup"
     for seconds, code in ((0.3, 1), (60, 0), (0, 0)):

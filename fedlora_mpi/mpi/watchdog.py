@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..store import nolinks
 from ..store.files import StoreError, open_for_reading, write_atomic
+from ..store.run_folder import SUBFOLDERS
 from .comm import Comm
 from .launch import end_launcher
 
@@ -144,10 +145,15 @@ class LifeSigns:
         return str(heartbeat) if now - self._waiting_since[1] > self._timeout else ""
 
     def remove(self) -> None:
-        """Remove this rank's file at a normal end."""
+        """Remove this rank's file at a normal end; rank 0 also those that dead ranks have left."""
         with suppress(OSError):
             # the last rank removes the folder
-            nolinks.clear_folder(self._folder, str(self._comm.rank).__eq__, self._folder.parent)
+            nolinks.clear_folder(self._folder, self._is_unneeded, self._folder.parent)
+
+    def _is_unneeded(self, name: str) -> bool:
+        rank = int(name.strip(".tmp")) if SUBFOLDERS[".pulse"](name) else -1
+        is_of_dead_rank = rank >= 0 and rank not in self._comm.heartbeat.members
+        return name == str(self._comm.rank) or self._comm.rank == 0 and is_of_dead_rank
 
     def _check_rank(self, rank: int, now: float) -> tuple[int, str] | None:
         text = self._read_sign(rank)
