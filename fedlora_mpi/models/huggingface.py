@@ -27,6 +27,7 @@ class HuggingFace(nn.Module):
     """
 
     PREFIX = "model."  # in front of transformers' names
+    TASK = "SEQ_CLS"  # in peft's words
 
     def __init__(self, model: nn.Module, fresh: frozenset[str]) -> None:
         super().__init__()
@@ -59,7 +60,8 @@ class CausalHuggingFace(nn.Module):
     Padding at the end of a text changes nothing before it, so it is not masked.
     """
 
-    PREFIX = HuggingFace.PREFIX
+    PREFIX, TASK = HuggingFace.PREFIX, "CAUSAL_LM"
+    fresh: frozenset[str] = frozenset()  # all parameters come from the files of weights
 
     def __init__(self, model: nn.Module, tokens: int) -> None:
         super().__init__()
@@ -75,6 +77,10 @@ class CausalHuggingFace(nn.Module):
         logits = self.model(input_ids=x, attention_mask=attention_bias, use_cache=False).logits
         # a model may have more rows of embeddings than its tokenizer has tokens
         return logits[..., : self.tokens]
+
+    def is_above_encoder(self, name: str) -> bool:
+        """Return False: peft adapts the head of a language model as any other layer."""
+        return False
 
 
 def load_causal(folder: str, length: int, tokens: int) -> CausalHuggingFace:
@@ -97,6 +103,11 @@ def load_causal(folder: str, length: int, tokens: int) -> CausalHuggingFace:
         raise ValueError(
             f"folder = {folder}: knows {config.vocab_size} tokens; the texts have {tokens}; give "
             "the tokenizer of this model"
+        )
+    longest = getattr(config, "max_position_embeddings", length)
+    if length > longest:
+        raise ValueError(
+            f"folder = {folder}: reads texts of up to {longest} tokens, data.text.length = {length}"
         )
     module = CausalHuggingFace(model, tokens)
     _check_causal(module, folder, length)
