@@ -11,13 +11,13 @@ the measurement, and the pages with the code.
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from math import ceil, prod
 from pathlib import Path
 from textwrap import fill
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,7 +26,15 @@ from fedlora_mpi.aggregation.client_mix import Mixing
 from fedlora_mpi.aggregation.neighbour_mix import NeighbourMixing
 from fedlora_mpi.aggregation.svd import right_vectors
 from fedlora_mpi.aggregation.topology import Complete, mixing_matrix
-from fedlora_mpi.algorithm import HOOKS, Aggregate, Algorithm, Transport, Update, Variables
+from fedlora_mpi.algorithm import (
+    HOOKS,
+    Aggregate,
+    Algorithm,
+    Reports,
+    Transport,
+    Update,
+    Variables,
+)
 from fedlora_mpi.components.gating import cut_tensors
 from fedlora_mpi.components.lora import FineTuning
 from fedlora_mpi.components.lowrank import LowRank, matrix_shape
@@ -61,6 +69,7 @@ class Said(NamedTuple):
     personal: str = "–"
     bytes: Bytes = Bytes("4 * (P + F)", "4 * (P + F)")
     server: str = "–"
+    settings: Mapping[str, Any] = {}  # those that REFERENCE needs, where it is not the defaults'
 
 
 ALL = "4 * (P + F)"
@@ -97,6 +106,8 @@ SAID = {
     "fedga": Said("everything"),
     "fedbc": Said("everything", "its multiplier lam_i", Bytes("4 * (P + F + 1)", ALL, "4")),
     "bound_weight_like": Said("everything", "the last gap of its bounds", Bytes("4 * (P + F + 1)", ALL, "4")),
+    "ota_ffl_like": Said("everything", "its loss f_k, and m_k and s_k of its update",
+                         Bytes("4 * (P + F + 3)", ALL, "12")),
     "scaffold": Said("everything, and the control variate c", "control variate c_i",
                      Bytes("4 * (2 * P + F)", "4 * (2 * P + F)", "4 * P")),
     "fedglomo": Said("everything, and the parameters of the round before",
@@ -121,11 +132,16 @@ SAID = {
     "lg_fedavg": Said("head", "all but the head", Bytes("4 * H", "4 * H", BODY)),
     "fd": Said("mean outputs by class", "the network, own mean outputs, the round they are of",
                Bytes("4 * K * K", "4 * K * K", "4 * (P + F + K * K + 1)")),
+    "fedhpl_like": Said("sums of logits by class, and how many samples these are of",
+                        "head, prompts (none beside `resnet8`), own logits, the round they are of",
+                        Bytes(*2 * ["4 * (K * K + K)"], "4 * (H + K * K + K + 1)"), settings={"prompts": 0}),
     "fedproto": Said("prototypes", "the network, which classes it holds",
                      Bytes("4 * K * d", "4 * K * d", "4 * (P + F + K)")),
     "fedit": Said("factors A and B, head", bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
     "flexlora": Said("the factors of its rank, head; the update W on the server alone",
                      bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
+    "raflora": Said("the factors of its rank, head; the update W on the server alone",
+                    bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
     "aggregation_broadcast": Said("factors A and B, head", bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
     "fedhl": Said("the factors of its rank, head; the update W on the server alone",
                   bytes=Bytes("4 * (H + Q)", "4 * (H + Q)")),
@@ -135,6 +151,7 @@ SAID = {
                   bytes=Bytes("4 * (H + Q)", "4 * (H + Q)", server="4 * w"), server="stacked ranks of the last round"),
     "hetlora": Said("factors A and B, head", "the rank r_k", Bytes("4 * (H + Q + 1)", "4 * (H + Q)", "4")),
     "ffa_lora": Said("factors B, head", bytes=Bytes(*2 * ["4 * (H + b)"])),
+    "fedsa_lora": Said("factors A", "factors B, head", Bytes("4 * a", "4 * a", "4 * (H + b)")),
     "rolora": Said("factors B or A in turn, head", bytes=Bytes(*2 * ["4 * (H + max(a, b))"])),
     "fed_rac_lora": Said("one factor, head; the seed of the other", bytes=Bytes("4 * (H + b)", "4 * (H + b + 1)")),
     "fed_talora": Said("factors A and B, update W, the head's rows of the classes seen",
@@ -143,6 +160,11 @@ SAID = {
 
 
 # The numbers.
+
+
+def reference_method(name: str) -> Algorithm:
+    """A method with settings that fit ``REFERENCE``: the defaults, or those of ``SAID``."""
+    return algorithms.find_algorithm(name)(**SAID[name].settings)
 
 
 def measured(algorithm: Algorithm, model: Model) -> Bytes:
@@ -161,8 +183,7 @@ def measured(algorithm: Algorithm, model: Model) -> Bytes:
         mixed = (mixing.bytes_up, mixing.bytes_down) if mixing else (0, 0)
 
     def upload_numel(v: Variables) -> int:
-        upload = transport.method.upload(v, v, 0)
-        return numel(upload.message) if upload.numel is None else int(upload.numel)
+        return transport.method.upload(v, v, 0).sent_numel
 
     def download_numel(round_: int, server: Tree, shared: Tree) -> int:
         count = transport.download_numel
@@ -187,7 +208,8 @@ def served_once(
 ) -> Update:
     """What the server makes of one client that has learned nothing."""
     term = transport.untrained_term(first, first.shared)
-    aggregate = Aggregate(term.mean, term.sum, term.metrics, 0, 1, 1.0, 1.0)
+    reports = Reports.of({0: transport.untrained_upload(first, first.shared)})
+    aggregate = Aggregate(term.mean, term.sum, term.metrics, 0, 1, 1.0, 1.0, reports)
     return algorithm.server_update(server, first.shared, aggregate, partial(right_vectors, Solo()))
 
 
@@ -334,6 +356,8 @@ def mean(algorithm: Algorithm, model: Model) -> str:
     counted = f"{weight[algorithm.weights]} ({setting('weights')})"
     if term.weights and term.weights.keys() == term.mean.keys():
         counted = "clients count by weights of their own"
+    elif upload.report is not None:
+        counted = "clients count by weights that depend on what all of the round report"
     elif term.weights:
         counted += ", some leaves by weights of their own"
     found = f"{counted}; {away[algorithm.absent]} ({setting('absent')})"
@@ -358,7 +382,7 @@ def overview(page: str, model: Model) -> Iterator[str]:
     yield "| method | file | paper | shared | bytes up | bytes down | judged | lines |"
     yield "|---|---|---|---|---:|---:|---|---:|"
     for title, name in HEADING.findall(page):
-        counted = measured(algorithms.find_algorithm(name)(), model)
+        counted = measured(reference_method(name), model)
         anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
         cells = f"[{title}](#{anchor})", _link(name), text_of(name).short, SAID[name].shared
         cells += (
@@ -400,7 +424,8 @@ def hooks() -> Iterator[str]:
 def facts(name: str, model: Model) -> Iterator[str]:
     """What is known of one method."""
     cls, text, said = algorithms.find_algorithm(name), text_of(name), SAID[name]
-    algorithm, counted = cls(), measured(cls(), model)
+    algorithm = reference_method(name)
+    counted = measured(algorithm, model)
 
     def equal(kind):
         return f"{getattr(said.bytes, kind).replace(' * ', ' ')} = {getattr(counted, kind):,}"

@@ -22,6 +22,7 @@ _HOME = {
             "LocalTraining",
             "Mix",
             "Phase",
+            "Reports",
             "Step",
             "Term",
             "Transport",

@@ -10,13 +10,14 @@ from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import torch
 from torch import Generator, Tensor
 
 from .core.batch import Batch
 from .core.bounds import bounded
 from .core.former_hooks import FORMER_HOOKS, refuse_former_hooks
 from .core.names import factors_by_weight
-from .core.tree import Tree
+from .core.tree import Tree, numel
 from .models.network import Model
 
 
@@ -150,18 +151,43 @@ class Upload(NamedTuple):
     mean: leaves of which the server receives the weighted mean over the cohort.
     sum: leaves of which it receives the sum. Names in ``mean`` and ``sum`` differ.
     mix: what enters the mix that every client receives for itself; its rows go by their own way.
-    numel: how many numbers a real federation would send for ``mean`` and ``sum``; None: all.
+    numel: how many numbers a real federation would send for ``mean``, ``sum`` and ``report``; None:
+        all.
+    report: [k] numbers on which the weights of the cohort in the mean depend; see
+        ``Algorithm.mean_factors``.
     """
 
     mean: Tree = {}
     sum: Tree = {}
     mix: Mix | None = None
     numel: Tensor | int | None = None
+    report: Tensor | None = None
 
     @property
     def message(self) -> Tree:
         """The leaves of ``mean`` and ``sum``."""
         return self.mean | self.sum
+
+    @property
+    def sent_numel(self) -> int:
+        """How many numbers a real federation would send, without those for the mix."""
+        if self.numel is not None:
+            return int(self.numel)
+        return numel(self.message) + (0 if self.report is None else self.report.numel())
+
+
+class Reports(NamedTuple):
+    """What the clients of a cohort report (see ``Upload``), in ascending order of the clients."""
+
+    clients: tuple[int, ...]
+    numbers: Tensor  # [n, k], float64, on the host
+
+    @classmethod
+    def of(cls, uploads: Mapping[int, Upload]) -> "Reports | None":
+        """The reports of these clients; None if they have none."""
+        reports = {client: uploads[client].report for client in sorted(uploads)}
+        rows = [report.double().cpu() for report in reports.values() if report is not None]
+        return cls(tuple(reports), torch.stack(rows)) if rows else None
 
 
 class Term(NamedTuple):
@@ -187,6 +213,7 @@ class Aggregate(NamedTuple):
     clients: how many clients took part.
     share: these as a fraction of all clients.
     weight: total weight of their uploads.
+    reports: what they reported; None if the method's uploads have no ``report``.
     """
 
     mean: Tree
@@ -196,6 +223,7 @@ class Aggregate(NamedTuple):
     clients: int
     share: float
     weight: float
+    reports: Reports | None = None
 
 
 class Update(NamedTuple):
@@ -343,6 +371,12 @@ class Algorithm:
         """Variables of the server alone, before the first round. Default: none."""
         return {}
 
+    def mean_factors(self, reports: Reports, round_: int) -> Tensor:
+        """The factors [n] of the clients' weights in the mean, float64, from what they report. Each
+        is at least 0. Their mean over the cohort, with these weights, is 1.
+        """
+        raise AssertionError(f"{type(self).__name__} reports numbers but does not use them")
+
     def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
         """The next variables, from the present ones and what the cohort sent. ``svd`` shares the
         work on large matrices among idle ranks. Default: the mean becomes the shared variables.
@@ -379,7 +413,8 @@ class Algorithm:
 
 
 HOOKS = (
-    "check", "init", "local", "loss", "upload", "transport", "server", "server_update", "mix",
+    "check", "init", "local", "loss", "upload", "transport", "server", "mean_factors",
+    "server_update", "mix",
     "client_model", "logits", "personalize",
 )  # fmt: skip
 

@@ -14,18 +14,25 @@ SETTINGS = {
     "fedex_lora": ("train.lr=0.02",),  # W and factors that all move: by 0.05 the cnn diverges
     "fedglomo": ("train.momentum=0", "train.lr=0.1"),
     "fedhl": ("train.lr=0.02",),  # as fedex_lora
+    # the networks of the tiny experiment have no tokens; gamma as for fd
+    "fedhpl_like": ("algorithm.prompts=0", "algorithm.gamma=0.1", "train.lr=0.3"),
     "fedit": ("train.lr=0.02",),  # as fedex_lora
     # its division by D makes it steep
     "fedkd": ("algorithm.small=user_parts:with_norm", "train.lr=0.02"),
     "fedrep": ("algorithm.head_epochs=1",),
+    "fedsa_lora": ("train.lr=0.02",),  # as fedex_lora
     "flexlora": ("train.lr=0.02",),  # as fedex_lora
     "fml": ("algorithm.small=user_parts:with_norm",),
     # by 0.05 a client now and then diverges, and its norm takes all the weight
     "hetlora": ("train.lr=0.02",),
     "moon": ("algorithm.mu=0.1",),
     "pfedme": ("train.momentum=0", "train.lr=0.1"),
+    "raflora": ("train.lr=0.02",),  # as fedex_lora
     "scaffold": ("train.momentum=0", "train.lr=0.1"),
 }
+
+# Fields that a method needs beside its defaults on networks that have no tokens.
+FIELDS = {"fedhpl_like": {"prompts": 0}}
 
 
 def overrides_for(name: str) -> tuple[str, ...]:

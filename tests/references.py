@@ -729,6 +729,59 @@ def flexlora(f: Federation, lora_ranks: Sequence[int], alpha: float) -> Rounds:
         yield head | named_products(W, max(lora_ranks)), [{} for _ in f.clients]
 
 
+def raflora(f: Federation, lora_ranks: Sequence[int], alpha: float) -> Rounds:
+    """Wu et al.: component i of s_k B_k A_k is averaged over the clients with r_k >= i, and client k
+    gets the best W of rank r_k; s_k = alpha / r_k. Yields what ``flexlora`` yields.
+    """
+    base, head = parameters_of(f.network), leaves_of(f.network, "head")
+    first, W = f.factors(0), {}
+    for t, cohort in enumerate(f.cohorts):
+        heads, clients = [], []
+        for k in cohort:
+            rank = lora_ranks[k % len(lora_ranks)]
+            s = alpha / rank
+            received = {n: best_approximation(w, rank, s) for n, w in W.items()}
+            head_k, factors_k = tune(f, k, t, base, head, received or take_rank(first, rank), s)
+            heads.append(head_k)
+            clients.append((f.size(k), s, factors_k))
+        head, W = average(heads, f.weights(cohort)), {}
+        for n, (A, B) in first.items():
+            W[n] = torch.zeros(len(B), A.shape[1], dtype=A.dtype)
+            for i in range(len(A)):
+                having = [(size, s, tree[n]) for size, s, tree in clients if i < len(tree[n][0])]
+                total = sum(size for size, *_ in having)
+                for size, s, (A_k, B_k) in having:
+                    W[n] += size / total * s * torch.outer(B_k[:, i], A_k[i])
+        yield head | named_products(W, max(lora_ranks)), [{} for _ in f.clients]
+
+
+def fedsa_lora(f: Federation, lora_ranks: Sequence[int], alpha: float) -> Rounds:
+    """Guo et al.: A <- sum_k p_k A_k; B_k and the head stay. A row is averaged over who has it."""
+    base, s = parameters_of(f.network), alpha / max(lora_ranks)
+    factors = f.factors(0)
+    ranks = [lora_ranks[k % len(lora_ranks)] for k in f.clients]
+    heads = [leaves_of(f.network, "head") for _ in f.clients]
+    own = [{n: B for n, (_, B) in take_rank(factors, rank).items()} for rank in ranks]
+    A = {n: pair[0].clone() for n, pair in factors.items()}
+    for t, cohort in enumerate(f.cohorts):
+        trained = {}
+        for k in cohort:
+            received = {n: (A[n][: ranks[k]], B) for n, B in own[k].items()}
+            heads[k], pairs = tune(f, k, t, base, heads[k], received, s)
+            own[k] = {n: B for n, (_, B) in pairs.items()}
+            trained[k] = {n: A_k for n, (A_k, _) in pairs.items()}
+        for n, rows in A.items():
+            for i in range(len(rows)):
+                having = [k for k in cohort if i < ranks[k]]
+                if having:
+                    p = f.weights(having)
+                    rows[i] = sum(w * trained[k][n][i] for w, k in zip(p, having, strict=True))
+        yield (
+            {f"{n}..A": v.clone() for n, v in A.items()},
+            [heads[k] | {f"{n}..B": B for n, B in own[k].items()} for k in f.clients],
+        )
+
+
 def fedhl(f: Federation, lora_ranks: Sequence[int], alpha: float, eps: float) -> Rounds:
     """Peng et al.: W <- W + sum_k p_k (W_k - W^(r_k)) with p_k ~ 1 / (t_k^2 + eps), t_k the sum of
     the squared singular values of W that client k does not receive, over all layers (8), (15).

@@ -76,7 +76,7 @@ REMEMBERING = (
 )
 
 # Singular vectors of small singular values move more than what they are of.
-NEAR = {"fedhl": 1e-4, "flexlora": 1e-4}
+NEAR = {"fedhl": 1e-4, "flexlora": 1e-4, "raflora": 1e-4}
 
 # A field that is no Literal is tried with half its default (an integer: one more). Here is what
 # needs another value, or other settings in both runs: {field or method.field: (settings, value)}.
@@ -99,6 +99,7 @@ ALTERNATIVES = {
     "fedbc.gamma": ((), "0.01"),
     "fedbc.lam": ((), "0.1"),
     "fedcac.beta": ((), "1"),
+    "fedhpl_like.prompts": (("model={name: vit, width: 4, heads: 1, layers: 1}",), "2"),
     "fedimpro.split": ((), "conv"),
     "fedimpro.growth_rounds": ((), "4"),
     "fedper.personal": ((), "[head, norm.*]"),
@@ -124,6 +125,8 @@ def together(name: str, model: str):
         "pfedgate": ("rounds=20",),  # its gates start half closed
         # gradients of 8 samples are too noisy to be tracked with the cnn
         "depositum_like": ("train.batch_size=40", "train.lr=0.2", "train.epochs=6"),
+        # a head learns little from the features of a random cnn
+        "fedhpl_like": ("train.lr=1", "algorithm.gamma=0.02"),
     }
     return run(name, model, "participation=1.0", "rounds=6", ONE_STACK, *settings.get(name, ()))
 
@@ -150,7 +153,7 @@ def test_the_file_says_what_it_computes(name):
 # nothing else.
 COUNT_ALIKE = (
     "aggregation_broadcast bound_weight_like depositum_like ditto dpsgd fd fedapen fedavg_lora fedbc "
-    "fedbn fedga fedglomo fedkd fedlora fedproto fml pfedsd scaffold"
+    "fedbn fedga fedglomo fedhpl_like fedkd fedlora fedproto fml ota_ffl_like pfedsd scaffold"
 )
 ABSENT_COUNT = "fedavg_lora fedlora pfedgate"
 JUDGED_TRAINED = "fedamp fedpac pfedgate pfedlora pfedme pfedsd"
@@ -264,6 +267,7 @@ WHOLE = {
     "fedala": ("algorithm.s=100",),  # weights are learned on all samples
     "fedapen": ("data.partition.alike=true",),  # which samples are held out
     "fedimpro": ("algorithm.weight=0",),  # features are drawn for each client
+    "ota_ffl_like": ("algorithm.sigma=0",),  # fading is drawn for each client
     "perfedavg": ("data.partition.alike=true",),  # D and D' are the halves of a batch, whichever
 }
 
@@ -381,6 +385,7 @@ MOVERS = {
     "fedapen.mix.w": (after_round_1, "learned before the training from round 2 on"),
     "fedcac.critical.*.bias": (None, "a mask of few entries may come out as it was"),
     "fedcac.critical.norm.weight": (None, "a mask of four entries may come out as it was"),
+    "fedhpl_like.own.correct": (None, "numbers of samples, which may come out as they were"),
     "pfedgate.gate.in.weight": (
         None,
         "the scale of the one channel, which BatchNorm takes off again",
@@ -400,6 +405,8 @@ ALIKE = {
     "fedcac.critical.*.bias": "four entries have six masks of two",
     "fedcac.critical.norm.weight": "four entries have six masks of two",
     "fd.own.round": "the round in which they all took part last",
+    "fedhpl_like.own.round": "the round in which they all took part last",
+    "fedhpl_like.own.correct": "a few numbers of samples, of which some clients have none right",
     "fedbabu.*": "the head that all clients draw",
     "fedproto.own.classes": "four classes, of which many hold all",
     "pfedgate.gate.in.weight": "the scale of the one channel, which BatchNorm takes off again",
@@ -413,6 +420,7 @@ STILL = {
     "ffa_lora.*.A": "the factor that never trains",
     "fed_rac_lora.*.B": "zero again, since it was merged",
     "fed_rac_lora.turn.seed": "all sketches follow from it",
+    "ota_ffl_like.seed*": "all fading and noise follow from them",
 }
 
 # Variables that no seed changes: {method.leaf: why}.
@@ -495,7 +503,8 @@ def test_bytes_are_those_of_the_upload_and_of_the_shared_leaves(name, model):
     transport, first = client_type.transport, client_type.local_initial
     first = Variables(clone_tree(first.shared), clone_tree(first.personal))
     upload = transport.method.upload(first, first, 0)
-    up, down = size(upload.message.values()), size(first.shared.values())
+    up = size((*upload.message.values(), upload.report))
+    down = size(first.shared.values())
     if mix := upload.mix:  # mixed rows come back to their clients
         sent = {id(v) for v in upload.message.values()}  # a row of the message is not sent again
         up += size(v for v in (*mix.rows.values(), mix.key, mix.extra) if id(v) not in sent)

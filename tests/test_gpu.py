@@ -15,7 +15,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from methods import SETTINGS
+from methods import FIELDS, SETTINGS
 from runs import (
     NORM,
     assert_same_run,
@@ -69,7 +69,7 @@ def made(name, stacked=True, network="bn_net", device=small.CPU, sizes=small.SIZ
     train = replace(small.TRAIN, lr=0.02, **({"momentum": 0.0} if name in plain else {}))
     topology = Ring() if name in ("dpsgd", "depositum_like") else None
     federation, state = small.make_experiment(
-        algorithms.find_algorithm(name)(),
+        algorithms.find_algorithm(name)(**FIELDS.get(name, {})),
         network,
         sizes,
         stacked=stacked,

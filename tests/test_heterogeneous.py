@@ -745,7 +745,7 @@ def test_class_means_are_zero_where_there_is_no_sample_and_skip_padding(monkeypa
     batch = Batch(x, y, torch.arange(7) < 5, None, torch.tensor([2.0, 0, 3, 0]))
     right = torch.stack([x[[0, 3]].mean(0), torch.zeros(3), x[[1, 2, 4]].mean(0), torch.zeros(3)])
     torch.testing.assert_close(client_class_means(lambda x: x, batch), right)
-    monkeypatch.setattr("fedlora_mpi.components.prototypes._CHUNK", 2)
+    monkeypatch.setattr("fedlora_mpi.components.prototypes.CHUNK", 2)
     torch.testing.assert_close(client_class_means(lambda x: x, batch), right)
 
 

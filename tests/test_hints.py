@@ -2,6 +2,7 @@
 
 import pytest
 import small
+from methods import FIELDS
 from runs import TINY, build_tiny
 from small import make_model
 
@@ -30,7 +31,7 @@ def test_no_method_is_doubtful_by_default(name):
     fields = {"small": "cnn5"} if name in ("fml", "fedkd", "fedapen") else {}
     if name in ("fml", "fedkd", "fedapen"):
         fields["small"] = "small:cnn"
-    assert doubts(find_algorithm(name)(**fields), epochs=5) == []
+    assert doubts(find_algorithm(name)(**fields | FIELDS.get(name, {})), epochs=5) == []
 
 
 @pytest.mark.parametrize(

@@ -888,7 +888,7 @@ def test_features_in_pieces_are_the_features(monkeypatch):
         *(v if v is None else v[0] for v in made.feed.unshuffled_batch([0], all_samples=True))
     )
     whole = feature_statistics(made.model.eval_mode(), made.model.initial, data)
-    monkeypatch.setattr("fedlora_mpi.components.prototypes._CHUNK", 4)
+    monkeypatch.setattr("fedlora_mpi.components.prototypes.CHUNK", 4)
     pieces = feature_statistics(made.model.eval_mode(), made.model.initial, data)
     for a, b in zip(pieces, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

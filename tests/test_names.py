@@ -49,6 +49,7 @@ SETTINGS = {
     **dict.fromkeys(("scaffold", "pfedme", "fedglomo"), ("train.momentum=0",)),
     "dpsgd": ("topology=ring",),
     "depositum_like": ("topology=ring", "train.momentum=0", "train.weight_decay=0"),
+    "fedhpl_like": ("algorithm.prompts=0",),  # these networks have no tokens
     "fedrep": ("algorithm.head_epochs=0",),
     **dict.fromkeys(("fedlora", "local_lora", "fedavg_lora"), ("algorithm.order=simultaneous",)),
     "fedala": ("algorithm.start_epochs=1",),
@@ -62,7 +63,7 @@ def settings(name):
     more = (*SETTINGS.get(name, ()), *SMALL)
     if issubclass(algorithms.find_algorithm(name), FineTuning):
         more += (
-            "algorithm.diagnose=true",
+            "algorithm.personal_full=false" if name == "fedsa_lora" else "algorithm.diagnose=true",
             "algorithm.lora_ranks=[2,1]" if name != "fed_rac_lora" else "algorithm.factor=both",
         )
     return (f"algorithm={name}", *more)

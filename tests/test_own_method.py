@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from methods import FIELDS
 from runs import TINY, package_lines
 from tiers import tiered_param
 
@@ -156,7 +157,7 @@ MISTAKES = {
     ),
     "an upload of a dict": (
         f"{UPLOAD}    return end.shared",
-        "upload returns a dict; it must return Upload(mean=..., sum=..., mix=..., numel=...)",
+        "upload returns a dict; it must return Upload(mean=..., sum=..., mix=..., numel=..., report=...)",
     ),
     "an upload that writes": (
         f"{UPLOAD}    for v in end.shared.values():\n        v.mul_(2)\n    return Upload(end.shared)",
@@ -213,6 +214,24 @@ MISTAKES = {
         "def transport(self, client, clients):\n    return Transport(client)",
         "transport returns an int as method; it must be a method, such as Transport(self)",
     ),
+    "a report of a wrong shape": (
+        f"{UPLOAD}    return Upload(end.shared, report=torch.ones(2, 2))",
+        "the report of upload has the shape [2, 2]; it must be [k], k numbers",
+    ),
+    "a report that is not used": (
+        f"{UPLOAD}    return Upload(end.shared, report=torch.ones(2))",
+        "mean_factors fails: AssertionError: Mine reports numbers but does not use them",
+    ),
+    "factors of a wrong shape": (
+        f"{UPLOAD}    return Upload(end.shared, report=torch.ones(2))\n"
+        "def mean_factors(self, reports, round_):\n    return reports.numbers",
+        "mean_factors returns a tensor of shape [2, 2] for n = 2 clients; it must return the fact",
+    ),
+    "factors that sum to 1": (
+        f"{UPLOAD}    return Upload(end.shared, report=torch.ones(2))\n"
+        "def mean_factors(self, reports, round_):\n    return torch.full((2,), 0.5)",
+        "mean_factors returns [0.5, 0.5] for two clients with equal reports; factors must be at",
+    ),
     "weights of a wrong shape": (
         f"{UPLOAD}    return Upload(end.shared, mix=Mix({{}}))\n"
         "def mix(self, gram, extra, round_):\n    return gram[0]",
@@ -241,7 +260,8 @@ def test_a_mistake_of_a_hook_is_named(method, case):
 @pytest.mark.parametrize("name", algorithms.algorithm_names())
 def test_methods_of_the_package_have_none(name):
     try_with_three_clients(
-        name, **({"small": "cnn"} if name in ("fml", "fedkd", "fedapen") else {})
+        name,
+        **({"small": "cnn"} if name in ("fml", "fedkd", "fedapen") else FIELDS.get(name, {})),
     )
 
 

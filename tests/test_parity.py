@@ -31,12 +31,14 @@ from fedlora_mpi.algorithms.fedproto import FedProto
 from fedlora_mpi.algorithms.fedprox import FedProx
 from fedlora_mpi.algorithms.fedrep import FedRep
 from fedlora_mpi.algorithms.fedrod import FedRoD
+from fedlora_mpi.algorithms.fedsa_lora import FedSALoRA
 from fedlora_mpi.algorithms.flexlora import FlexLoRA
 from fedlora_mpi.algorithms.flora import FLoRA
 from fedlora_mpi.algorithms.moon import MOON
 from fedlora_mpi.algorithms.perfedavg import PerFedAvg
 from fedlora_mpi.algorithms.pfedlora import PFedLoRA
 from fedlora_mpi.algorithms.pfedme import PFedMe
+from fedlora_mpi.algorithms.raflora import RaFLoRA
 from fedlora_mpi.algorithms.scaffold import Scaffold
 from fedlora_mpi.components.prototypes import MEANS, SHARES
 from fedlora_mpi.core.names import factor_name, factors_by_weight
@@ -178,6 +180,16 @@ CASES = {
     "fedit": Case(FedIT, references.fedit, RANKS, {"scale": "common", **JUDGED}),
     "flora": Case(FLoRA, references.flora, RANKS, {"scale": "common", **TUNING}, without_draw),
     "flexlora": Case(FlexLoRA, references.flexlora, RANKS, {"scale": "rank", **JUDGED}, products),
+    "raflora": Case(RaFLoRA, references.raflora, RANKS, {"scale": "rank", **JUDGED}, products),
+    "fedsa_lora": Case(
+        FedSALoRA,
+        references.fedsa_lora,
+        RANKS,
+        {
+            "scale": "common", "rank_shares": (), "capacities": (), "layers": ("*",),
+            "full": ("head",), "personal_full": True,
+        },
+    ),
     "fedhl": Case(
         FedHL,
         references.fedhl,

@@ -309,7 +309,11 @@ def test_a_wide_clip_without_noise_is_the_method_with_equal_weights(name, more):
 
 
 @pytest.mark.parametrize(
-    "name", ["fedit", *(pytest.param(name, marks=thorough) for name in ("ffa_lora", "rolora"))]
+    "name",
+    [
+        "fedit",
+        *(pytest.param(name, marks=thorough) for name in ("ffa_lora", "fedsa_lora", "rolora")),
+    ],
 )
 def test_a_wide_clip_leaves_methods_of_factors_too(name):
     equal_sizes = "data.partition={kind: iid, clients: 7, train: 30, test: 15}"
@@ -622,6 +626,10 @@ def test_settings_that_make_no_sense_are_one_line(overrides, said):
             "privacy.clip = 1.0: fedamp makes a mix of its own for every client",
         ),
         (("algorithm=fedamp", SECURE), "privacy.secure_aggregation = true: fedamp makes a mix"),
+        (
+            ("algorithm=ota_ffl_like", SECURE),
+            "privacy.secure_aggregation = true: clients of ota_ffl_like report numbers one by one",
+        ),
         (
             ("algorithm=fedavg", "participation=0.3", SECURE),
             "privacy.secure_aggregation = true: a cohort has 2 clients",

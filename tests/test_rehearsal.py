@@ -99,6 +99,7 @@ def test_what_this_package_brings_computes_of_each_example_apart():
         "cnn",
         "cifar_resnet8",
         "transformer",
+        "vit",
         "user_parts:with_norm",
         "user_parts:small_vit",
         "small:noisy_net",

@@ -40,6 +40,7 @@ from runs import (
     trees_equal,
     wait_until,
 )
+from tiers import thorough_param, tiered_param
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
@@ -66,6 +67,7 @@ METHODS = {
     "dpsgd": ["algorithm=dpsgd", "topology=ring"],  # rows from neighbour to neighbour
     # uploads by a gather, three kinds
     "fedhl": ["algorithm={name: fedhl, lora_ranks: [3, 2, 1]}", "uplink=gather", "train.lr=0.005"],
+    "ota_ffl_like": ["algorithm=ota_ffl_like"],  # two sums: of what clients report, then the mean
 }
 SIX = ["rounds=6", "checkpoint.every=3"]
 ALL = "participation=1.0"
@@ -203,7 +205,9 @@ def on_threads(home, settings, deaths, seed, ranks=4):
 
 
 @pytest.mark.parametrize("seeds", [[0], pytest.param([1], marks=thorough)], ids=["one", "another"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [tiered_param(name, id=name, thorough=name == "ota_ffl_like") for name in METHODS]
+)
 def test_workers_that_die_at_any_moment_leave_the_bits(
     trained, tmp_path, monkeypatch, capsys, method, seeds
 ):
@@ -573,7 +577,9 @@ def skipping(ranks, settings, bad):
     [
         [],
         *(
-            pytest.param([*more, ALL], marks=thorough if name == "fedlora" else ())
+            pytest.param(
+                [*more, ALL], marks=thorough if name in ("fedlora", "ota_ffl_like") else ()
+            )
             for name, more in METHODS.items()
         ),
     ],
@@ -598,8 +604,11 @@ def test_a_skipped_client_is_the_same_on_any_number_of_ranks(settings, ranks):
 
 @pytest.mark.parametrize(
     "settings",
-    [["algorithm=fedavg"], METHODS["fedamp"], METHODS["fedhl"]],
-    ids=["fedavg", "fedamp", "fedhl"],
+    [
+        pytest.param(["algorithm=fedavg"], id="fedavg"),
+        *(pytest.param(METHODS[name], id=name) for name in ("fedamp", "fedhl")),
+        thorough_param(METHODS["ota_ffl_like"], id="ota_ffl_like"),
+    ],
 )
 def test_a_skipped_client_is_as_if_it_were_not_in_the_cohort(settings, monkeypatch):
     settings = [*settings, "engine.path=loop"]  # in a stack bits depend on who else is in it

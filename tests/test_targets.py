@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from methods import overrides_for
+from methods import FIELDS, overrides_for
 from runs import TINY, build_tiny, run_rounds, snapshots_equal, tiny_config
 from sklearn.metrics import roc_auc_score
 
@@ -265,8 +265,9 @@ def test_a_method_that_needs_no_classes_trains_on_numbers(name):
 def test_a_method_that_says_so_does_need_classes(name, monkeypatch):
     monkeypatch.setattr(algorithms.find_algorithm(name), "needs_class_labels", False)
     small = ["algorithm.small=cnn"] if name in ("fml", "fedkd", "fedapen") else []
+    fields = [f"algorithm.{key}={value}" for key, value in FIELDS.get(name, {}).items()]
     with pytest.raises((ValueError, IndexError, RuntimeError)):
-        run_rounds.__wrapped__(*NUMBERS, *ONE_ROUND, f"algorithm={name}", *small)
+        run_rounds.__wrapped__(*NUMBERS, *ONE_ROUND, f"algorithm={name}", *small, *fields)
 
 
 def test_fedavg_needs_no_classes():

@@ -390,6 +390,7 @@ def test_the_consensus_distance_is_that_of_the_exchanged_parameters(settings, is
     "name, settings, reason",
     [
         ("fedamp", (), "has a server that decides the weights of its mixes"),
+        ("ota_ffl_like", (), "has a server that decides the weights of its mean"),
         ("local", (), "shares nothing, so its clients have nothing to exchange"),
         ("scaffold", ("train.momentum=0",), "makes something else of uploads than their mean"),
         ("fedavgm", (), "makes something else of uploads than their mean"),

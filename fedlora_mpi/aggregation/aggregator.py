@@ -1,15 +1,20 @@
-"""From the uploads of a cohort to what its server receives, with one sum over all ranks."""
+"""From the uploads of a cohort to what its server receives, with one sum over all ranks.
+
+If weights depend on what all clients of the cohort report, a small sum of the reports comes before.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import isclose
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..algorithm import Aggregate, Algorithm, Term, Transport, Upload
+from ..algorithm import Aggregate, Algorithm, Reports, Term, Transport, Upload
+from ..core.transfer import to_host
 from ..core.tree import Tree
 from ..engine.train import ClientResult
 from ..mpi.comm import Comm
@@ -21,6 +26,7 @@ from .flat_layout import Layout
 from .gathered import gather_remote_uploads
 from .neighbour_mix import NeighbourMixing
 from .protection import Message, MessageOfClient, Protection
+from .reports import gather_reports, message_nbytes
 from .term_layout import TermLayout
 
 # figures of the round behind the term, in the same buffer
@@ -77,8 +83,17 @@ class Received(NamedTuple):
     trained: int  # how many these are
     drift: float  # see ``Aggregator._drift``
     numbers_sent: int  # in uploads of a real federation
-    message_bytes: int  # of the sum, given to MPI by each rank
+    message_bytes: int  # of the sum and of the reports, given to MPI by each rank
     stop: bool  # whether any rank was asked to stop
+
+
+class HeldTerm(NamedTuple):
+    """A client's term that waits for the reports of the cohort, on the host."""
+
+    vector: Tensor  # [D]
+    loss: float
+    spread: float  # see ``Aggregator._add_term``
+    report: Tensor  # [k]
 
 
 class Uploads(NamedTuple):
@@ -92,9 +107,10 @@ class Uploads(NamedTuple):
     contribution: Callable[[Tensor, int], Tensor]  # (term [D], client) -> what enters the sum
     reference: Tensor  # [D] what updates are measured from
     broken: list[int]  # clients whose loss or upload is not finite, or too large to be summed
-    numels: list[int]  # see ``Upload.numel``
+    numels: list[int]  # see ``Upload.sent_numel``
     offers: dict[int, PackedMix]  # for the mixes
     gathered: dict[int, Tensor]  # flat uploads that travel as they are
+    held: dict[int, HeldTerm]  # terms whose weights depend on the reports of the cohort
 
 
 @dataclass(frozen=True)
@@ -117,12 +133,19 @@ class Aggregator:
     skip_nonfinite: bool = False
     # how per-client mixes are exchanged; None: the method has none
     mixing: Mixing | NeighbourMixing | None = None
-    all_reduce: Callable[[np.ndarray], None] | None = None  # the first sum of a round
+    # the sum over all ranks that the first message of a round needs; None: that of ``comm``
+    all_reduce: Callable[[np.ndarray], None] | None = None
 
     @cached_property
     def drift_slices(self) -> tuple[slice, ...]:
         """Where a term holds the leaves whose drift is measured."""
         return self.terms.flat.leaf_slices(self.drift_leaves)
+
+    @property
+    def report_size(self) -> int:
+        """The numbers that a client reports; see ``Upload``."""
+        report = self.untrained_upload.report
+        return 0 if report is None else report.numel()
 
     @property
     def number_bytes(self) -> float:
@@ -166,6 +189,7 @@ class Aggregator:
             numels=[],
             offers={},
             gathered={},
+            held={},
         )
 
     def add(self, uploads: Uploads, result: ClientResult) -> bool:
@@ -188,8 +212,10 @@ class Aggregator:
         if self.mixing:
             assert upload.mix is not None
             offer = self.mixing.pack(upload.mix)
+        report = upload.report
         # False, too, where a number is not finite
-        is_summable = all(v.abs().sum() < bound for v in (result.loss, vector))
+        summands = (result.loss, vector) if report is None else (result.loss, vector, report)
+        is_summable = all(v.abs().sum() < bound for v in summands)
         if not is_summable or (offer and not offer.is_summable()):
             uploads.broken.append(client)
             return False
@@ -197,16 +223,17 @@ class Aggregator:
             uploads.offers[client] = offer
         if self.gathers:
             uploads.gathered[client] = member.upload_layout.pack(upload.message)
-        numel = member.upload_layout.size if upload.numel is None else int(upload.numel)
-        uploads.numels.append(numel)
+        uploads.numels.append(upload.sent_numel)
         own_weight = self._drift_weight(vector, 1.0)
         distance = self._squared_distance(vector, uploads.shared_flat, own_weight)
         distance = distance / own_weight if own_weight else torch.zeros_like(distance)
         # A diverging client must not overflow the sum; its distance has no meaning anyway.
-        figures = [result.loss.item(), 1.0, distance.clamp(max=bound).item() * weight]
-        with uploads.message_of(client) as message:
-            self._add_vector(message, uploads.contribution(vector, client), weight)
-            message.add(torch.tensor(figures, dtype=torch.float64), 1, offset=self.terms.size)
+        loss, spread = result.loss.item(), distance.clamp(max=bound).item() * weight
+        if report is None:
+            self._add_term(uploads, client, vector, loss, spread)
+        else:
+            held_vector, held_report = to_host([vector, report])
+            uploads.held[client] = HeldTerm(held_vector, loss, spread, held_report)
         return True
 
     def aggregate(self, uploads: Uploads, stop: bool) -> Received:
@@ -216,8 +243,13 @@ class Aggregator:
         those of the other clients instead.
         """
         cohort, protection = uploads.cohort, self.protection
+        reports, factors = self._weigh(uploads)
+        for client, term in uploads.held.items():
+            self._add_term(uploads, client, *term[:3], factor=factors[client])
         self._add_broken(uploads)
         message_bytes, figures = self._sum(uploads, stop)
+        if self.report_size:
+            message_bytes += message_nbytes(len(cohort.members), self.report_size)
         loss, trained, spread, broken, stop_requests, sent = figures
         active, weight = cohort.members, cohort.weight
         if broken:
@@ -225,7 +257,7 @@ class Aggregator:
             if not protection.is_differential:
                 weight = sum(cohort.clients.weights[client] for client in active)
         if self.gathers:
-            self._add_remote_uploads(uploads, active)
+            self._add_remote_uploads(uploads, active, factors)
         if protection.is_differential:  # the message holds updates
             uploads.message.add(uploads.reference, weight)
             uploads.message.add(protection.noise(self.terms.size, cohort.members, cohort.round), 1)
@@ -251,7 +283,7 @@ class Aggregator:
                 self._drift(uploads.shared_flat, totals / total, spread / total) if total else 0.0
             )
             received = received._replace(drift=drift)
-        aggregate = self._mean(uploads, totals, active, weight)
+        aggregate = self._mean(uploads, totals, active, weight)._replace(reports=reports)
         rows = self.mixing and self.mixing.mix(
             self.comm, self.algorithm, uploads.offers, active, cohort.round
         )
@@ -263,6 +295,49 @@ class Aggregator:
         received = Upload(upload.mean, upload.sum)  # no more than other ranks would have of it
         term = cohort.clients[client].transport.expand(received, shared, weight)
         return self.terms.pack(term, weight)
+
+    def _add_term(
+        self,
+        uploads: Uploads,
+        client: int,
+        vector: Tensor,
+        loss: float,
+        spread: float,
+        factor: float = 1.0,
+    ) -> None:
+        """Add a client's term [D] and its figures, with ``factor`` times the client's weight.
+
+        spread: the squared distance of its parameters from the shared ones, times its weight.
+        """
+        weight = uploads.cohort.clients.weights[client]
+        figures = torch.tensor([loss, 1.0, spread * factor], dtype=torch.float64)
+        with uploads.message_of(client) as message:
+            self._add_vector(message, uploads.contribution(vector, client), weight * factor)
+            message.add(figures, 1, offset=self.terms.size)
+
+    def _weigh(self, uploads: Uploads) -> tuple[Reports | None, Mapping[int, float]]:
+        """The reports of a cohort, and the factor of each reporting client's weight; one message if
+        the method has reports.
+        """
+        cohort = uploads.cohort
+        if not self.report_size:
+            return None, {}
+        local_reports = {client: term.report for client, term in uploads.held.items()}
+        reports = gather_reports(self._sum_ranks, local_reports, cohort.members, self.report_size)
+        if not reports.clients:
+            return None, {}
+        factors = self.algorithm.mean_factors(reports, cohort.round).tolist()
+        weights = [cohort.clients.weights[client] for client in reports.clients]
+        total = sum(a * weight for a, weight in zip(factors, weights, strict=True))
+        assert min(factors) >= 0 and isclose(total, sum(weights)), (
+            f"mean_factors gave {factors} for the weights {weights}; their mean must be 1"
+        )
+        return reports, dict(zip(reports.clients, factors, strict=True))
+
+    def _sum_ranks(self, buffer: np.ndarray) -> None:
+        """Sum ``buffer`` over all ranks, in place."""
+        self.comm.heartbeat.enter_stage("the exchange")
+        (self.all_reduce or self.comm.sum)(buffer)
 
     def _add_vector(self, message: Message, vector: Tensor, weight: float) -> None:
         """Add a term [D] to ``message``; its sum channel counts once."""
@@ -294,12 +369,10 @@ class Aggregator:
             torch.tensor([0.0, 0.0, 0.0, *last_figures], dtype=torch.float64), 1, offset=size
         )
         travelling = message.buffer[..., size:].copy() if self.gathers else message.buffer
-        self.comm.heartbeat.enter_stage("the exchange")
-        first_sum = self.all_reduce or self.comm.sum
         if self.is_compact:
-            sent = sum_limbs(message.buffer, self.comm.size, first_sum, self.comm.sum)
+            sent = sum_limbs(message.buffer, self.comm.size, self._sum_ranks, self.comm.sum)
             return sent, message.total(offset=size).tolist()
-        first_sum(self.protection.as_summed(travelling))
+        self._sum_ranks(self.protection.as_summed(travelling))
         message.buffer[..., -travelling.shape[-1] :] = travelling
         return travelling.nbytes, message.total(offset=size).tolist()
 
@@ -319,8 +392,10 @@ class Aggregator:
             "clients out"
         )
 
-    def _add_remote_uploads(self, uploads: Uploads, active: frozenset[int]) -> None:
-        """Add the terms of other ranks' uploads to the message.
+    def _add_remote_uploads(
+        self, uploads: Uploads, active: frozenset[int], factors: Mapping[int, float]
+    ) -> None:
+        """Add the terms of other ranks' uploads to the message; ``factors``: see ``_weigh``.
 
         The sum then has the same bits as if each worker had added the terms of its own clients.
         """
@@ -331,7 +406,8 @@ class Aggregator:
         ).items():
             upload = self._split_channels(message)
             vector = self._term_vector(upload, uploads.shared, client, cohort)
-            self._add_vector(uploads.message, vector, cohort.clients.weights[client])
+            weight = cohort.clients.weights[client] * factors.get(client, 1.0)
+            self._add_vector(uploads.message, vector, weight)
 
     def _mean(
         self, uploads: Uploads, totals: Tensor, active: frozenset[int], weight: float

@@ -95,7 +95,7 @@ class AggregationBroadcast(Weighting, FineTuning):
             best = best_factors(dense_updates(aggregate.mean), shared, svd)
             aggregate = aggregate._replace(mean=full | self._divide_scale(best))
         update = super().server_update(server, shared, aggregate, svd)
-        equal_ranks = len({*self.lora_ranks}) == 1 and len({*self.capacities}) < 2
+        equal_ranks = len(self.client_ranks) == 1
         figures = conditions.figures(aggregate.sum, equal_ranks) if self.diagnose else {}
         return update._replace(metrics={**update.metrics, **figures})
 

@@ -84,7 +84,7 @@ class FD(Algorithm):
         def show(start: Variables, now: Variables, data: Batch) -> Variables:
             w = self.client_model(model, now)
             z = client_class_means(lambda x: outputs(w, x), data)
-            v = show_outputs(z, data.counts, round_)
+            v = show_outputs(z, (data.counts > 0).to(z), round_)
             return v._replace(personal=now.personal | v.personal)
 
         phase = Phase(train.epochs, (Step(loss, model.leaves.__contains__),))
@@ -94,7 +94,7 @@ class FD(Algorithm):
         """zhat [classes, classes], one row per class, and the number of other clients that hold
         each class [classes].
         """
-        zhat, holders = outputs_of_others(v, counts, round_)
+        zhat, holders = outputs_of_others(v, (counts > 0).to(counts), round_)
         return (zhat if self.outputs == "probabilities" else zhat.softmax(1)), holders
 
     def upload(self, start: Variables, end: Variables, round_: int) -> Upload:

@@ -10,20 +10,20 @@ weights are W_0 + W + s B A. In round t all clients use the same sketch:
 
 With the left sketch, a step of exact gradient descent on A is W <- W - s^2 lr B B' grad. So the
 rank of W grows by up to R in every round, whereas the update of FFA-LoRA never exceeds rank R.
-``factor: both`` alternates: a right sketch, then a left one.
+Each round redraws the values of the frozen factor, as the paper does. A change of the frozen side,
+at random or by turns (``factor: both``: right, then left), is a generalisation of ours.
 
 The entries of D are independent, with mean 0 and variance 1 / (3 d), where d is d_in for A and
 d_out for B. They are uniform (``sketch: uniform``, as A starts in the other LoRA methods) or
 gaussian. If clients have different ranks, a client has the first r_k components, and its factor is
 padded with zeros up to the largest rank R.
 
-BatchNorm: uses the stored statistics unchanged, unless ``full`` names norm.
-
-Bytes per client and round: up 4 (r_k d_out or, with a left sketch, r_k d_in for each decomposed
-weight, and what is trained in full). Down 4 times the sum of R d_out or R d_in for each
-decomposed weight (the factor of the round before with all R components, from which every client
-updates its W; nothing in round 1), what is trained in full, and one number for the sketch. A client
-that missed rounds counts as if it had received their updates.
+BatchNorm: uses the stored statistics unchanged, unless ``full`` names norm. Bytes per client and
+round: up 4 (r_k d_out or, with a left sketch, r_k d_in for each decomposed weight, and what is
+trained in full). Down 4 times the sum of R d_out or R d_in for each decomposed weight (the factor
+of the round before with all R components, from which every client updates its W; nothing in round
+1), what is trained in full, and one number for the sketch. A client that missed rounds counts as if
+it had received their updates.
 
 Deviations: the federated algorithm is known from reviews only: one sketch for all clients, local
 epochs, mean, merge. The paper leaves D open. The head is trained in full and averaged by n_k.

@@ -78,5 +78,4 @@ class PFedSD(Averaging):
         """The mean of T^2 KL(teacher || student) over the real examples, []. Logits: [B,
         classes].
         """
-        each = kl_divergence(teacher / self.temperature, student / self.temperature)
-        return mean(self.temperature**2 * each, batch)
+        return mean(kl_divergence(teacher, student, self.temperature), batch)

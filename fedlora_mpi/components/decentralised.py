@@ -134,6 +134,8 @@ def _server_reason(method: Algorithm, first: Variables, upload: Upload) -> str:
     """What the method needs a server for, beside a mean of the shared variables; "" if nothing."""
     if upload.mix:
         return "has a server that decides the weights of its mixes"
+    if upload.report is not None:
+        return "has a server that decides the weights of its mean"
     if not first.shared:
         return "shares nothing, so its clients have nothing to exchange"
     layouts = [{n: v.shape for n, v in tree.items()} for tree in (first.shared, upload.mean)]

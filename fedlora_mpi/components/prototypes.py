@@ -25,7 +25,7 @@ from ..models.network import Model
 
 MEANS, SHARES = method_leaf_name("class", "means"), method_leaf_name("class", "shares")
 OWN_MEANS, OWN_VARIANCE = method_leaf_name("own", "means"), method_leaf_name("own", "variance")
-_CHUNK = 250  # samples whose features are computed together
+CHUNK = 250  # samples whose features are computed together
 
 
 def check_features(name: str, model: Model) -> None:
@@ -70,7 +70,7 @@ def _class_sums(features: Callable[[Tensor], Tensor], data: Batch) -> tuple[Tens
     sums: Tensor | float = 0.0
     energy: Tensor | float = 0.0
     for x, class_mask, is_real in zip(
-        data.x.split(_CHUNK), one_hot(data).split(_CHUNK), real.split(_CHUNK), strict=True
+        data.x.split(CHUNK), one_hot(data).split(CHUNK), real.split(CHUNK), strict=True
     ):
         z = features(x)
         sums = sums + class_mask.to(z).T @ z

@@ -1,4 +1,6 @@
-"""Weights that are at least 0 and sum to 1: a projection onto them, and those of least error."""
+"""Weights that are at least 0 and sum to 1: a projection onto them, those of least error, and those
+that favour large numbers within bounds.
+"""
 
 import torch
 from torch import Tensor
@@ -48,3 +50,18 @@ def best_weights(gram: Tensor, variance: Tensor) -> Tensor:
         if ((alpha * g).sum(1) - g.amin(1)).max() * step <= 1e-12:
             break
     return alpha
+
+
+def favour_largest(values: Tensor, epsilon: float) -> Tensor:
+    """Return n lam [n], float64, for the weights lam that maximise sum_k lam_k values_k among those
+    that differ from 1 / n by at most ``epsilon``.
+
+    All start at the least weight; the rest goes to the largest values first, as much as each may
+    have. Of equal values the first counts as larger. For epsilon = 0 the result is exactly 1.
+    """
+    n = len(values)
+    least, most = max(0.0, 1 - n * epsilon), min(float(n), 1 + n * epsilon)
+    given = torch.arange(n, dtype=torch.float64) * (most - least)  # to those before
+    shares = (n * (1 - least) - given).clamp(0, most - least)
+    descending = values.sort(descending=True, stable=True).indices
+    return torch.empty_like(shares).index_copy_(0, descending, least + shares)

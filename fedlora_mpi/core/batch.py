@@ -57,10 +57,12 @@ def one_hot(batch: Batch) -> Tensor:
     return is_own if batch.real is None else is_own & batch.real[:, None]
 
 
-def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(softmax(teacher) || softmax(student)) of each example, [B]. Logits: [B, classes]."""
-    q, p = teacher.log_softmax(1), student.log_softmax(1)
-    return (q.exp() * (q - p)).sum(1)  # F.kl_div has no rule for vmap
+def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of each example, [B], for the
+    temperature T. Logits: [B, classes].
+    """
+    q, p = ((logits / temperature).log_softmax(1) for logits in (teacher, student))
+    return temperature**2 * (q.exp() * (q - p)).sum(1)  # F.kl_div has no rule for vmap
 
 
 def split_batch(batch: Batch) -> tuple[Batch, Batch]:

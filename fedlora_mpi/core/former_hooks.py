@@ -4,7 +4,7 @@ A user's class with one of them would be silently wrong, so it is refused when i
 """
 
 _LOCAL = "local(model, train, round_) returns Phase and Visit in order of time"
-_UPLOAD = "upload(start, end, round_) returns Upload(mean=..., sum=..., mix=..., numel=...)"
+_UPLOAD = "upload(start, end, round_) returns Upload(mean=..., sum=..., mix=..., ...)"
 _UPDATE = "server_update(server, shared, aggregate, svd) returns Update(shared, server, metrics)"
 _TRANSPORT = "transport(client, clients) returns Transport(method, download, expand, ...)"
 FORMER_HOOKS = {  # a hook or class variable of before: what replaces it

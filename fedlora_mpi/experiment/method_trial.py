@@ -15,6 +15,7 @@ from ..algorithm import (
     Algorithm,
     LocalTraining,
     Mix,
+    Reports,
     Term,
     Transport,
     Update,
@@ -101,12 +102,14 @@ class MethodTrial:
         """What client 0 would send without training."""
         v, method = self.variables, self.transport.method
         value = call("upload", lambda: method.upload(v, v, 0), v.shared, v.personal)
-        contract = "it must return Upload(mean=..., sum=..., mix=..., numel=...)"
+        contract = "it must return Upload(mean=..., sum=..., mix=..., numel=..., report=...)"
         upload = need_type("upload", value, Upload, contract)
         need_trees("upload", mean=upload.mean, sum=upload.sum)
         if upload.mix is not None:
             mix = need_type("upload", upload.mix, Mix, "its mix must be Mix(rows, key, extra)")
             need_trees("upload", rows=mix.rows)
+        if upload.report is not None:
+            need_trees("upload", report={"report": upload.report})
         return upload
 
     @cached_property
@@ -190,6 +193,8 @@ def check_upload(trial: MethodTrial) -> None:
         need_layout("the mix of upload", mix.rows, personal, "its rows replace personal leaves")
         if not mix.over_topology:  # whose weights the method does not know
             _check_mix(trial.method, mix)
+    if trial.upload.report is not None:
+        _check_factors(trial.method, trial.upload.report)
 
 
 def _check_mix(method: Algorithm, mix: Mix) -> None:
@@ -205,6 +210,28 @@ def _check_mix(method: Algorithm, mix: Mix) -> None:
         )
 
 
+def _check_factors(method: Algorithm, report: Tensor) -> None:
+    """Two clients with equal reports."""
+    if report.dim() != 1:
+        raise MethodMistake(
+            f"the report of upload has the shape {list(report.shape)}; it must be [k], k numbers"
+        )
+    reports = Reports((0, 1), torch.stack([report, report]).double())
+    tree = {"numbers": reports.numbers}
+    factors = call("mean_factors", lambda: method.mean_factors(reports, 0), tree)
+    need_type("mean_factors", factors, Tensor, "it must return the factors [n]")
+    if factors.shape != (2,):
+        raise MethodMistake(
+            f"mean_factors returns a tensor of shape {list(factors.shape)} for n = 2 clients; it "
+            "must return the factors [n]"
+        )
+    if factors.min() < 0 or abs(float(factors.mean()) - 1) > 1e-6:
+        raise MethodMistake(
+            f"mean_factors returns {factors.tolist()} for two clients with equal reports; factors "
+            "must be at least 0 and have the mean 1"
+        )
+
+
 def check_server(trial: MethodTrial) -> None:
     """``server`` and ``server_update``: the variables of the next round are those of this one."""
     method, model, shared = trial.method, trial.checked_model, trial.server_variables.shared
@@ -212,7 +239,8 @@ def check_server(trial: MethodTrial) -> None:
     need_trees("server", variables=server)
     term = trial.term
     mean, total, metrics = (tmap(torch.clone, t) for t in (term.mean, term.sum, term.metrics))
-    aggregate = Aggregate(mean, total, metrics, 0, 1, 1 / trial.clients, 1.0)
+    reports = Reports.of({0: trial.upload})
+    aggregate = Aggregate(mean, total, metrics, 0, 1, 1 / trial.clients, 1.0, reports)
 
     def run_hook() -> Update:
         return method.server_update(server, shared, aggregate, partial(right_vectors, Solo()))

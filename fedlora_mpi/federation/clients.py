@@ -52,6 +52,12 @@ class ClientType:
         """Where the leaves of its upload are in a vector."""
         return Layout.of(self.untrained_upload.message)
 
+    @property
+    def counts_numbers(self) -> bool:
+        """Whether its uploads send other numbers than those of ``upload_layout``."""
+        upload = self.untrained_upload
+        return upload.numel is not None or upload.report is not None
+
     def download_nbytes(self, server: Tree, shared: Tree, round_: int) -> int:
         """Bytes that such a client would receive of the server's variables in a round."""
         download = Layout.of(self.transport.download(shared))

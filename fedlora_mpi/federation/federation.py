@@ -88,7 +88,7 @@ class Federation:
             reduce=reduce,
             rank_of_client=placement.rank_of_client,
             untrained_upload=first.untrained_upload,
-            counts_numbers=any(t.untrained_upload.numel is not None for t in clients.types),
+            counts_numbers=any(t.counts_numbers for t in clients.types),
             protection=protection or Protection(),
             gathers=gathers,
             skip_nonfinite=skip_nonfinite,

@@ -66,7 +66,9 @@ def train(federation: Federation, state: State, cohort: Cohort, evaluate: bool) 
 
 
 def aggregate(federation: Federation, trained: Trained, stop: bool | Sequence[int]) -> Received:
-    """What the server receives of the cohort, on every rank: one sum of one flat buffer."""
+    """What the server receives of the cohort, on every rank: one sum of one flat buffer, after
+    that of the clients' reports if the method has them.
+    """
     with federation.instruments.stage("exchange", trained.uploads.cohort.round):
         return federation.aggregator.aggregate(trained.uploads, bool(stop))
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
 
 from ..core.batch import Batch
 from ..core.escapes import summarize_error
@@ -113,15 +114,29 @@ class Model:
         place: the module's name; "": h is what enters the head. ``change`` may return k rows for
         each of h, one after another; there are then as many rows of logits.
         """
-        module = self.modules[self.training]
-        if place:
-            hook = module.get_submodule(place).register_forward_hook(
-                lambda part, inputs, output: change(output)
-            )
-        else:
-            hook = module.get_submodule(self.head).register_forward_pre_hook(
-                lambda part, inputs: (change(inputs[0]), *inputs[1:])
-            )
+        if not place:
+            return self.replace_input(tree, x, self.head, change)
+        hook = (
+            self.modules[self.training]
+            .get_submodule(place)
+            .register_forward_hook(lambda part, inputs, output: change(output))
+        )
+        return self._call_with_hook(tree, x, hook)
+
+    def replace_input(
+        self, tree: Tree, x: Tensor, place: str, change: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the logits where ``change(h)`` takes the place of h, the first input of the module
+        ``place``.
+        """
+        hook = (
+            self.modules[self.training]
+            .get_submodule(place)
+            .register_forward_pre_hook(lambda part, inputs: (change(inputs[0]), *inputs[1:]))
+        )
+        return self._call_with_hook(tree, x, hook)
+
+    def _call_with_hook(self, tree: Tree, x: Tensor, hook: RemovableHandle) -> Tensor:
         try:
             return self(tree, x)
         finally:

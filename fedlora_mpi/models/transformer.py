@@ -1,5 +1,7 @@
 """A Transformer encoder that classifies texts."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,14 @@ class Block(nn.Module):
     ICML 2020, so that the network trains with plain SGD and without a warm-up.
     """
 
-    def __init__(self, width: int, heads: int, feedforward: int, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        feedforward: int,
+        dropout: float,
+        activation: Callable[[Tensor], Tensor] = F.relu,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         # With batch_first, evaluation would use torch's fused path, whose last bits differ.
@@ -21,19 +30,22 @@ class Block(nn.Module):
         self.linear1 = nn.Linear(width, feedforward)
         self.linear2 = nn.Linear(feedforward, width)
         self.dropout = nn.Dropout(dropout)
+        self.activation = activation
 
-    def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Return the block's output [B, L, width] for x [B, L, width].
 
-        padding_mask: [B, L], True for places that attention ignores. The batch axis comes first, so
-        that an example's dropout does not depend on the number of examples after it.
+        padding_mask: [B, L], True for places that attention ignores; None: it ignores none. The
+        batch axis comes first, so that an example's dropout does not depend on the number of
+        examples after it.
         """
         z = self.norm1(x).transpose(0, 1)  # [L, B, width]
         # need_weights selects plain products, which vmap and the FLOP counter support. They do not
         # support torch's fused attention for CPUs.
         y, _ = self.attention(z, z, z, padding_mask, need_weights=True, average_attn_weights=False)
         x = x + self.dropout(y.transpose(0, 1))
-        return x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(self.norm2(x))))))
+        y = self.activation(self.linear1(self.norm2(x)))
+        return x + self.dropout(self.linear2(self.dropout(y)))
 
 
 class Transformer(nn.Module):

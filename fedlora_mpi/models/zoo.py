@@ -24,6 +24,7 @@ from .gpt import GPT
 from .network import Model, from_module
 from .resnet import ResNet
 from .transformer import Transformer
+from .vision_transformer import VisionTransformer
 
 
 def resnet8(classes: int, shape: tuple[int, ...]) -> nn.Module:
@@ -80,15 +81,33 @@ def transformer(
     dropout: float = 0.0,
 ) -> nn.Module:
     """A Transformer encoder for texts of up to ``shape[0]`` words; its head takes their mean."""
-    options: dict[str, Any] = {
-        "width": width,
-        "heads": heads,
-        "layers": layers,
-        "feedforward": feedforward,
-        "dropout": dropout,
-    }
-    _check_transformer(**options)
-    return Transformer(classes, shape[0], tokens, padding, **options)
+    sizes = _encoder_sizes(width, heads, layers, feedforward, dropout)
+    return Transformer(classes, shape[0], tokens, padding, **sizes)
+
+
+def vit(
+    classes: int,
+    shape: tuple[int, ...],
+    *,
+    patch: int = 4,
+    width: int = 128,
+    heads: int = 4,
+    layers: int = 6,
+    feedforward: int = 256,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """A vision Transformer for images of ``patch`` x ``patch`` pixels a token; 811,146 parameters
+    for CIFAR-10.
+    """
+    sizes = _encoder_sizes(width, heads, layers, feedforward, dropout)
+    channels, *sides = shape
+    if patch < 1 or any(side % patch for side in sides):
+        raise ValueError(
+            f"patch = {patch}: must be at least 1 and divide the sides of the images, "
+            f"{sides[0]} x {sides[1]} pixels"
+        )
+    patches = math.prod(side // patch for side in sides)
+    return VisionTransformer(classes, channels, patches, patch=patch, **sizes)
 
 
 def gpt(
@@ -105,23 +124,14 @@ def gpt(
     tied: bool = True,
 ) -> nn.Module:
     """A causal Transformer that predicts the next token of texts of up to ``shape[0]`` tokens."""
-    _check_transformer(width, heads, layers, feedforward, dropout)
-    return GPT(
-        shape[0],
-        classes,
-        width=width,
-        heads=heads,
-        layers=layers,
-        feedforward=feedforward,
-        dropout=dropout,
-        tied=tied,
-    )
+    sizes = _encoder_sizes(width, heads, layers, feedforward, dropout)
+    return GPT(shape[0], classes, tied=tied, **sizes)
 
 
-def _check_transformer(
+def _encoder_sizes(
     width: int, heads: int, layers: int, feedforward: int, dropout: float
-) -> None:
-    """Raise ValueError for sizes that a Transformer cannot have."""
+) -> dict[str, Any]:
+    """Return the settings of a Transformer encoder; raise ValueError for those it cannot have."""
     sizes = {"width": width, "heads": heads, "layers": layers, "feedforward": feedforward}
     for name, size in sizes.items():
         if size < 1:
@@ -130,6 +140,7 @@ def _check_transformer(
         raise ValueError(f"heads = {heads}: must divide width = {width}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout = {dropout}: must be at least 0 and below 1")
+    return sizes | {"dropout": dropout}
 
 
 def hf(
@@ -197,7 +208,7 @@ YI_CNNS = (
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     builder.__name__: builder
-    for builder in (resnet8, resnet10, cifar_resnet8, cnn, *YI_CNNS, mlp, transformer, gpt, hf)
+    for builder in (resnet8, resnet10, cifar_resnet8, cnn, *YI_CNNS, mlp, transformer, gpt, vit, hf)
 }
 _ANY_NUMBERS = ("mlp",)  # the other networks of BUILDERS are for images or texts
 

@@ -286,11 +286,8 @@ def _client_traffic(
 
     initial, local_initial = client_type.initial, client_type.local_initial
     all_ones = Variables(*map(ones_like, local_initial[:2]))
-    layout, numels = client_type.upload_layout, []
-    for v in (local_initial, all_ones):
-        numel_sent = client_type.algorithm.upload(v, v, 0).numel
-        numels.append(layout.size if numel_sent is None else int(numel_sent))
-    up = estimate_nbytes(max(numels), [layout])
+    numels = [client_type.algorithm.upload(v, v, 0).sent_numel for v in (local_initial, all_ones)]
+    up = estimate_nbytes(max(numels), [client_type.upload_layout])
     server = federation.algorithm.server(federation.clients.trainer.model, initial.shared)
     down = max(
         client_type.download_nbytes(server, initial.shared, 0),

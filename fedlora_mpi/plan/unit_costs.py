@@ -23,7 +23,7 @@ from ..aggregation.client_mix import PackedMix
 from ..aggregation.exact_sum import SUM_TYPES
 from ..aggregation.neighbour_mix import NeighbourMixing
 from ..aggregation.svd import right_vectors
-from ..algorithm import Aggregate, Term, Upload
+from ..algorithm import Aggregate, Reports, Term, Upload
 from ..core.paths import expand_home
 from ..core.tree import Tree, tmap
 from ..engine.speed import TruncatedFeed
@@ -120,6 +120,7 @@ def untrained_aggregate(federation: Federation) -> Aggregate:
         clients=len(terms),
         share=len(terms) / len(clients),
         weight=len(terms),
+        reports=Reports.of({c: clients[c].untrained_upload for c in cohort.members or (0,)}),
     )
 
 

@@ -66,6 +66,12 @@ def check_run(
         raise ValueError(
             f"{key}: {name} makes a mix of its own for every client, which takes single uploads"
         )
+    uploads = [transport.untrained_upload(first, first.shared) for transport, _, first in types]
+    if any(upload.report is not None for upload in uploads):
+        raise ValueError(
+            f"{key}: clients of {name} report numbers one by one, which decide their weights; "
+            "choose another method, such as fedavg"
+        )
     if privacy.secure_aggregation and cohort < MIN_COHORT:
         raise ValueError(
             f"secure_aggregation = true: a cohort has {cohort} clients, of which a sum hides "
@@ -106,8 +112,8 @@ def _unfit_reason(
     if has_other_channels or not torch.equal(_flat(upload.mean), _flat(term.mean)):
         return (
             "has a server that makes something else of uploads before their mean, so that to clip "
-            "them bounds nothing; of LoRA's methods fedit, ffa_lora and rolora can be private, "
-            "with one rank for all"
+            "them bounds nothing; of LoRA's methods fedit, ffa_lora, fedsa_lora and rolora can be "
+            "private, with one rank for all"
         )
     if statistics := [leaf for leaf in upload.mean if model.role(leaf) == "stats"]:
         return (

@@ -35,6 +35,7 @@ LABELS = {
     "fedimpro": "FedImpro",
     "fedglomo": "FedGLOMO",
     "bound_weight_like": "Bound-weight-like",
+    "ota_ffl_like": "OTA-FFL-like",
     "dpsgd": "D-PSGD, ring",
     "depositum_like": "DEPOSITUM-like, ring",
 }

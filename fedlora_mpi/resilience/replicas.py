@@ -96,7 +96,7 @@ class Journal:
             self._replica_round, self._incoming, self._previous = self._incoming.round, None, None
 
     def all_reduce(self, buffer: np.ndarray) -> None:
-        """The first sum of a round. Raises RankLost."""
+        """A sum of a round; the first waits for the copies. Raises RankLost."""
         self.wait()
         self._comm.sum(buffer)
         self.commit()

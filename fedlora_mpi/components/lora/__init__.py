@@ -152,6 +152,13 @@ class FineTuning(Algorithm):
         return ranks[client % len(ranks)]
 
     @property
+    def client_ranks(self) -> tuple[int, ...]:
+        """The different ranks of all clients, in increasing order."""
+        capacities = range(len(self.capacities))
+        ranks = {self.client_rank(client, len(capacities)) for client in capacities}
+        return tuple(sorted(ranks or {*self.lora_ranks}))
+
+    @property
     def s(self) -> float:
         """The factor before B A: the client's on the method of its transport, else the server's."""
         return self.alpha / self._scale_divisor(max(self.lora_ranks))
@@ -281,9 +288,15 @@ class FineTuning(Algorithm):
 
         shared: the server's variables of the round; weight: the client's samples n_k.
         """
-        full = {n: v for n, v in upload.mean.items() if not is_factor(n)}
         terms = self.mean_terms(upload.mean, shared)
         weights = self.term_weights(upload.mean, shared, weight)
+        return self.build_term(upload, shared, weight, terms, weights)
+
+    def build_term(
+        self, upload: Upload, shared: Tree, weight: int, terms: Tree, weights: Tree
+    ) -> Term:
+        """Return the leaves trained in full and these ``terms``, with these ``weights``."""
+        full = {n: v for n, v in upload.mean.items() if not is_factor(n)}
         weight_of_term = {n: weights[weight_of(n)] for n in terms} if weights else {}
         metrics = self._client_metrics(upload, shared, weight, weights) if self.diagnose else {}
         return Term(full | terms, weights=weight_of_term, metrics=metrics)

@@ -41,7 +41,9 @@ def figures(before: Tree, after: Tree, aggregate: Aggregate) -> dict[str, float]
     mean = aggregate.metrics
     squares = select_prefix(mean, _SQUARE)
     shares = [
-        w.square() / (squares[n] * mean["one"]) for n, w in select_prefix(mean, _WEIGHT).items()
+        w.square() / (squares[n] * mean["one"])
+        for n, w in select_prefix(mean, _WEIGHT).items()
+        if squares[n] > 0  # else nobody of the cohort counts, as in a partition of raflora
     ]
     share = cast(Tensor, sum(shares)) / len(shares)  # effective clients as a part of the cohort
     change = {n: v - before[n] for n, v in after.items()}

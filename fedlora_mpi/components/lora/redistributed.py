@@ -45,7 +45,11 @@ class RedistributedTuning(FineTuning):
         return dense_updates(shared) or super().delta(shared)
 
     def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
-        return {factor_name(n, "W"): p for n, p in self.factor_products(upload).items()}
+        return self.products_as_updates(upload)
+
+    def products_as_updates(self, tree: Tree) -> Tree:
+        """Return {"<weight>.W": s B A} of all factors in ``tree``."""
+        return {factor_name(n, "W"): p for n, p in self.factor_products(tree).items()}
 
     def server_update(self, server: Tree, shared: Tree, aggregate: Aggregate, svd: Svd) -> Update:
         update = super().server_update(server, shared, aggregate, svd)
