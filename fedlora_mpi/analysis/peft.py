@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..config import algorithm_name
 from ..core.paths import expand_home
 from ..core.tree import Tree
-from ..models.huggingface import HuggingFace
+from ..models.huggingface import CausalHuggingFace, HuggingFace
 from ..models.network import Model
 from ..models.weights import pack_safetensors
 from ..store.files import write_atomic
@@ -76,7 +76,7 @@ def adapter_content(
                 f"{name}: is no weight of a Linear, and no other is exported; choose other layers"
             )
     module = network.modules[False]
-    hf = module if isinstance(module, HuggingFace) else None
+    hf = module if isinstance(module, HuggingFace | CausalHuggingFace) else None
     pairs = {_peft_name(hf, name): v for name, v in pairs.items()}
     others = {_peft_name(hf, name): v for name, v in others.items()}
     values = {_peft_name(hf, name): v for name, v in values.items()}
@@ -100,9 +100,7 @@ def adapter_content(
     for name, (a, b, _) in adapted.items():
         leaves |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     leaves = {f"base_model.model.{name}": value for name, value in leaves.items()}
-    return leaves, {"task_type": "SEQ_CLS" if hf else None} | _config(
-        adapted, sorted(saved_modules)
-    )
+    return leaves, {"task_type": hf.TASK if hf else None} | _config(adapted, sorted(saved_modules))
 
 
 def _base_folder(view: ClientView) -> str | None:
@@ -129,12 +127,12 @@ def _adapter(run: RunView, view: ClientView) -> tuple[Mapping[str, LoraFactors],
         return adapter(view.network, view.variables)
 
 
-def _peft_name(hf: HuggingFace | None, name: str) -> str:
+def _peft_name(hf: HuggingFace | CausalHuggingFace | None, name: str) -> str:
     """Return the name of a leaf in the network that peft wraps."""
     return name.removeprefix(hf.PREFIX) if hf else name
 
 
-def _saved_module(hf: HuggingFace | None, name: str) -> str:
+def _saved_module(hf: HuggingFace | CausalHuggingFace | None, name: str) -> str:
     """Return the module that is written whole with the leaf ``name``.
 
     It is the leaf's module; above the encoder it is the outermost module.

@@ -49,8 +49,9 @@ def _show_partition(args: argparse.Namespace) -> None:
         print(escape_line(write_folder(config, data, split, Path(args.to[1]))))
         return
     picture = args.picture or Path(f"partition-{Path(args.config).stem}.png")
-    class_names = data.class_names if data.targets == "classes" else ()
-    print(escape_lines(table(split, data.class_names, data.targets)))
+    class_names = data.class_names if data.has_classes else ()
+    counted = "classes" if data.has_classes else data.targets
+    print(escape_lines(table(split, data.class_names, counted)))
     save_figure(split, picture, class_names)
     print(f"\npicture: {escape_line(picture)}")
 

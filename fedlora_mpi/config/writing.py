@@ -8,6 +8,7 @@ from .. import algorithms
 from ..aggregation.topology import topology_name
 from ..algorithm import Algorithm
 from ..core.losses import CROSS_ENTROPY
+from ..data.language import Language
 from ..data.partition import PARTITIONS, Partition
 from ..data.tables import Table
 from ..privacy.settings import Privacy
@@ -86,6 +87,8 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         del tree["data"]["path"]
     if config.data.source.table == Table():
         del tree["data"]["table"]
+    if config.data.source.language == Language():
+        del tree["data"]["language"]
     if config.privacy == Privacy():
         del tree["privacy"]
     if config.topology is None:

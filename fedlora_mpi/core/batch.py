@@ -11,7 +11,8 @@ class Batch(NamedTuple):
     """A mini-batch of one client."""
 
     x: Tensor  # [B, ...] images, transformed and normalised, or [B, L] int64 token ids
-    # [B] class index, int64; without classes the targets [B, k], float32
+    # [B] class index, int64; without classes the targets [B, k], float32; of texts that are learned
+    # the next tokens [B, L], int64
     y: Tensor
     # [B] False for padding, which is at the end; None when all B examples are real
     real: Tensor | None
@@ -30,9 +31,9 @@ def mean(each: Tensor, batch: Batch) -> Tensor:
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy over the real examples, []. logits: [B, classes]."""
-    if batch.y.is_floating_point():
+    if batch.y.dim() > 1:
         raise ValueError(
-            "cross_entropy needs class labels, and the targets of this run are numbers; call "
+            "cross_entropy needs class labels, and the targets of this run are others; call "
             "model.loss(outputs, batch)"
         )
     if batch.real is None:
@@ -41,11 +42,13 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def zero_padding(outputs: Tensor, batch: Batch) -> Tensor:
-    """The outputs [B, k] of the network, with zeros for padding.
+    """The outputs [B, ...] of the network, with zeros for padding.
 
     Without this an infinite output of padding gives a nan gradient.
     """
-    return outputs if batch.real is None else torch.where(batch.real[:, None], outputs, 0)
+    if batch.real is None:
+        return outputs
+    return torch.where(batch.real.view(-1, *[1] * (outputs.dim() - 1)), outputs, 0)
 
 
 def one_hot(batch: Batch) -> Tensor:

@@ -11,8 +11,10 @@ from torch import Tensor
 from .batch import Batch, cross_entropy, mean, zero_padding
 from .user_code import describe_error, import_object
 
-# classes: a class index of each sample; labels: k values of each, 0 or 1; numbers: k real numbers
-Targets = Literal["classes", "labels", "numbers"]
+# classes: a class index of each sample; labels: k values of each, 0 or 1; numbers: k real numbers;
+# tokens: the next token id at each of L positions of a text, or ``IGNORED``
+Targets = Literal["classes", "labels", "numbers", "tokens"]
+IGNORED = -100  # a position without a target: padding, or a prompt
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Loss:
     name: as in ``model.loss``.
     targets: what ``each`` compares the outputs with; None before the data of a user's own loss are
         known, which takes any.
-    each: (outputs [B, k], targets: [B] int64, or [B, k] float32) -> losses [B].
+    each: (outputs [B, k], targets: [B] int64, or [B, k] float32) -> losses [B]; of tokens (outputs
+        [B, L, V], targets [B, L] int64) -> the means over the positions of each text.
     """
 
     name: str
@@ -32,10 +35,14 @@ class Loss:
     def __call__(self, outputs: Tensor, batch: Batch) -> Tensor:
         return mean(self.each(zero_padding(outputs, batch), batch.y), batch)
 
-    def zero_targets(self, samples: int, outputs: int) -> Tensor:
-        """Targets without information, for a trial: [samples] or [samples, outputs]."""
+    def zero_targets(self, samples: int, outputs: int, length: int = 0) -> Tensor:
+        """Targets without information, for a trial: [samples] or [samples, outputs]; of tokens
+        [samples, length].
+        """
         if self.targets == "classes":
             return torch.zeros(samples, dtype=torch.int64)
+        if self.targets == "tokens":
+            return torch.zeros(samples, length, dtype=torch.int64)
         return torch.zeros(samples, outputs)
 
     def for_data(self, targets: Targets, outputs: int) -> "Loss":
@@ -65,6 +72,33 @@ class _CrossEntropy(Loss):
         return cross_entropy(outputs, batch)
 
 
+@dataclass(frozen=True)
+class _NextToken(Loss):
+    """Cross-entropy of the next token. Each position counts the same, whatever text it is of."""
+
+    def __call__(self, outputs: Tensor, batch: Batch) -> Tensor:
+        each, counts = token_losses(zero_padding(outputs, batch), batch.y)
+        if batch.real is not None:
+            each, counts = (torch.where(batch.real, v, 0) for v in (each, counts))
+        return each.sum() / counts.sum().clamp(min=1)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the losses, and number, of the positions of each text that have a target.
+
+    logits: [B, L, V], targets: [B, L]; both results are [B] in the type of the logits.
+    """
+    has_target = targets != IGNORED
+    chosen = logits.gather(-1, torch.where(has_target, targets, 0).unsqueeze(-1)).squeeze(-1)
+    losses = torch.where(has_target, logits.logsumexp(-1) - chosen, 0)
+    return losses.sum(-1), has_target.sum(-1).to(losses.dtype)
+
+
+def _mean_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    total, count = token_losses(logits, targets)
+    return total / count.clamp(min=1)
+
+
 def _cross_entropies(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, reduction="none")
 
@@ -85,6 +119,7 @@ LOSSES: dict[str, Loss] = {
         CROSS_ENTROPY,
         Loss("bce", "labels", _binary_cross_entropies),
         Loss("mse", "numbers", _squared_errors),
+        _NextToken("next_token", "tokens", _mean_token_losses),
     )
 }
 

@@ -7,7 +7,7 @@ user's own data may also be floats of any shape.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +22,13 @@ from ..core.vision import import_torchvision
 from . import own, pfllib
 from .csv_texts import read_ag_news, read_csv
 from .folders import read_folder, read_tiny_imagenet
+from .language import (
+    Language,
+    LanguageTexts,
+    language_samples,
+    number_clients,
+    read_language,
+)
 from .leaf import read_leaf
 from .own_checks import check
 from .samples import LabelledTexts, RawData, Samples, to_samples
@@ -52,12 +59,20 @@ class Data(NamedTuple):
     # (number of token ids, token id of padding) of inputs that are token ids without a vocabulary
     token_settings: tuple[int, int] = (0, 0)
     targets: Targets = "classes"
+    # class of each training and of each test text, for the partition of texts whose targets are
+    # tokens
+    topics: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether each sample has a class, be it the target or not."""
+        return self.targets == "classes" or self.topics is not None
 
     @property
     def class_labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """The class of each training and each test sample, int64; 0 if the targets are no
-        classes.
-        """
+        """The class of each training and each test sample, int64; 0 if they have none."""
+        if self.topics is not None:
+            return self.topics
         sides = self.train.y, self.test.y
         if self.targets == "classes":
             return sides[0].numpy(), sides[1].numpy()
@@ -66,6 +81,8 @@ class Data(NamedTuple):
     @property
     def label_classes(self) -> int:
         """The number of classes that ``class_labels`` count."""
+        if self.topics is not None:
+            return len(self.class_names)
         return self.classes if self.targets == "classes" else 1
 
     @property
@@ -134,6 +151,7 @@ class Source:
     allow_pickle: bool = False  # "pfllib" only: its files are pickles
     path: str | None = None  # "npz" only: the file
     table: Table = Table()  # "table" only: the columns of its files
+    language: Language = Language()  # "text_lm" and "instruct" only: the keys of their lines
 
     def __post_init__(self) -> None:
         check_path("root", self.root)
@@ -143,6 +161,10 @@ class Source:
             raise ValueError(f"path = {self.path}: only dataset = npz has a path; leave it out")
         if self.table != Table() and self.dataset != "table":
             raise ValueError("table: only dataset = table has this block; leave it out")
+        if self.language != Language() and self.dataset not in LANGUAGE_DATASETS:
+            raise ValueError(
+                "language: only dataset = text_lm or instruct has this block; leave it out"
+            )
         if self.path is not None:
             check_path("path", self.path)
         transforms = self.augment if isinstance(self.augment, tuple) else ()
@@ -196,7 +218,10 @@ DATASETS = (
     "leaf",
     "npz",
     "table",
+    "text_lm",
+    "instruct",
 )
+LANGUAGE_DATASETS = ("text_lm", "instruct")  # their targets are tokens
 
 
 def load(source: Source, wanted: Targets | None = "classes") -> Data:
@@ -206,12 +231,24 @@ def load(source: Source, wanted: Targets | None = "classes") -> Data:
     if a library is not installed, or if the data set has other targets.
     """
     is_own = source.is_function or source.dataset in _OWN_READERS
+    is_text = source.dataset in (*_TEXT_READERS, *LANGUAGE_DATASETS)
+    if wanted == "tokens" and not is_text:
+        raise ValueError(
+            f"dataset = {source.dataset}: has no texts to learn, and model.loss = next_token needs "
+            f"them; choose {', '.join((*LANGUAGE_DATASETS, *_TEXT_READERS))}"
+        )
+    if source.dataset in LANGUAGE_DATASETS and wanted != "tokens":
+        raise ValueError(
+            f"dataset = {source.dataset}: has tokens as targets; set model.loss = next_token"
+        )
     if wanted in ("labels", "numbers") and not is_own:
         raise ValueError(
             f"dataset = {source.dataset}: has a class of each sample, and model.loss needs "
             f"{wanted}; give data of your own (npz, table or module:function), or choose "
             "model.loss = cross_entropy"
         )
+    if wanted == "tokens":
+        return _load_language(source)
     if source.dataset in _TEXT_READERS:
         return _load_texts(source)
     if is_own:
@@ -312,6 +349,45 @@ def _load_texts(source: Source) -> Data:
         vocabulary=vocabulary,
         class_names=raw.class_names,
         hints=raw.hints,
+    )
+
+
+def _load_language(source: Source) -> Data:
+    """Return a data set of texts whose targets are their next tokens."""
+    text = replace(source.text, length=source.text.length + 1)  # the last is a target alone
+    names: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    topics = None
+    if source.dataset in LANGUAGE_DATASETS:
+        train, test = (
+            read_language(source.dataset, source.root, key, text, source.language)
+            for key in ("train", "test")
+        )
+    else:
+        raw = _TEXT_READERS[source.dataset](source)
+        assert isinstance(raw.train, LabelledTexts) and isinstance(raw.test, LabelledTexts)
+        train, test = (LanguageTexts.whole(side.texts) for side in (raw.train, raw.test))
+        topics = np.array(raw.train.y, np.int64), np.array(raw.test.y, np.int64)
+        names, hints = raw.class_names, raw.hints
+    vocabulary = (
+        Vocabulary.from_tokenizer(text, needs_padding=False)
+        if text.tokenizer
+        else Vocabulary.from_texts(train.texts, text)
+    )
+    train_samples, test_samples = (
+        language_samples(vocabulary, side, f"text.{key} = {getattr(text, key)}")
+        for key, side in (("train", train), ("test", test))
+    )
+    return Data(
+        train_samples,
+        test_samples,
+        vocabulary.size,
+        vocabulary=vocabulary,
+        owners=number_clients(train, test),
+        class_names=names,
+        hints=hints,
+        targets="tokens",
+        topics=topics,
     )
 
 

@@ -79,10 +79,11 @@ class Vocabulary:
         return cls(tokenizer.to_str())
 
     @classmethod
-    def from_tokenizer(cls, settings: Text) -> "Vocabulary":
+    def from_tokenizer(cls, settings: Text, needs_padding: bool = True) -> "Vocabulary":
         """Return the vocabulary of the file ``settings.tokenizer``: its ids and special tokens.
 
-        Padding is the token that the file pads with, else its token [PAD] or <pad>. Raises
+        Padding is the token that the file pads with, else its token [PAD] or <pad>; unless
+        ``needs_padding``, else token 0. Raises
         ValueError if there is no such token, if the file is no tokenizer file, or if a text is too
         short for more than the special tokens.
         """
@@ -103,6 +104,8 @@ class Vocabulary:
         padding_token = next(
             (name for name in _PADDING if tokenizer.token_to_id(name) is not None), None
         )
+        if not tokenizer.padding and padding_token is None and not needs_padding:
+            padding_token = tokenizer.id_to_token(0)
         if not tokenizer.padding and padding_token is None:
             raise ValueError(
                 f"{setting}: has no token for padding; there is neither {' nor '.join(_PADDING)}"

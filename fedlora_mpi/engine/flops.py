@@ -158,7 +158,7 @@ class Flops:
         model = self._cpu_model
         counts = torch.zeros(model.classes)
         counts[0] = samples
-        y = model.loss.zero_targets(samples, model.classes)
+        y = model.loss.zero_targets(samples, model.classes, model.shape[0])
         key = torch.zeros((), dtype=torch.int64)
         return Batch(model.zero_inputs(samples), y, None, key, counts)
 

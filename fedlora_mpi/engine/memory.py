@@ -106,7 +106,7 @@ def stack_capacity(model: Model, batch_size: int, memory: int) -> int:
     }
     batch = Batch(
         cpu_model.zero_inputs(samples),
-        model.loss.zero_targets(samples, model.classes),
+        model.loss.zero_targets(samples, model.classes, model.shape[0]),
         None,
         torch.tensor(0),
         torch.zeros(model.classes),

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..core.losses import Targets
 
-MetricName = Literal["top1", "top5", "macro_f1", "auc", "mse", "mae"]
+MetricName = Literal["top1", "top5", "macro_f1", "auc", "mse", "mae", "perplexity"]
 
 
 def top1(outputs: np.ndarray, y: np.ndarray) -> float:
@@ -66,9 +66,12 @@ def mae(outputs: np.ndarray, y: np.ndarray) -> float:
 
 
 class Metric(NamedTuple):
-    """compute: (outputs [M, k] float64, targets [M] or [M, k]) -> the score of M >= 1 samples."""
+    """compute: (outputs [M, k] float64, targets [M] or [M, k]) -> the score of M >= 1 samples.
 
-    compute: Callable[[np.ndarray, np.ndarray], float]
+    None: it follows from the loss, and the engine has it.
+    """
+
+    compute: Callable[[np.ndarray, np.ndarray], float] | None
     targets: tuple[Targets, ...]  # those that it goes with
     least_outputs: int = 1
 
@@ -80,6 +83,7 @@ METRICS: dict[str, Metric] = {
     "auc": Metric(auc, ("classes", "labels")),
     "mse": Metric(mse, ("numbers",)),
     "mae": Metric(mae, ("numbers",)),
+    "perplexity": Metric(None, ("tokens",)),  # exp of the loss
 }
 
 
@@ -87,7 +91,8 @@ def compute_metrics(names: Sequence[str], outputs: np.ndarray, y: np.ndarray) ->
     """The metrics of a client, by ``names``. NaN without samples, or if an output is not finite."""
     if not len(y) or not np.isfinite(outputs).all():
         return [float("nan")] * len(names)
-    return [METRICS[name].compute(outputs, y) for name in names]
+    computes = (METRICS[name].compute for name in names)
+    return [compute(outputs, y) for compute in computes if compute]
 
 
 def check_metrics(names: Sequence[str], targets: Targets, outputs: int) -> None:
@@ -104,7 +109,7 @@ def check_metrics(names: Sequence[str], targets: Targets, outputs: int) -> None:
             )
         if outputs < metric.least_outputs:
             raise ValueError(f"metrics = {name}: is always 1 with {outputs} classes; leave it out")
-    if names:
+    if any(METRICS[name].compute for name in names):
         try:
             import sklearn.metrics  # noqa: F401
         except ImportError as error:

@@ -23,6 +23,7 @@ from ..algorithm import (
     Visit,
     used_samples,
 )
+from ..core.losses import IGNORED, token_losses
 from ..core.scheduling import equal_parts
 from ..core.transfer import to_device, to_host
 from ..core.tree import Tree, tmap
@@ -153,6 +154,7 @@ class Trainer:
     ) -> Tensor:
         """Scores of each client's own model, float64 [C, 3 + m] on the host: test accuracy
         (fraction), mean loss, the fraction of its test samples with a NaN logit, and the m metrics.
+        Of a language model, accuracy and loss are means over all tokens of its test texts.
 
         Clients as in ``train``. A client without test samples has NaN. The accuracy is NaN if the
         targets are no classes.
@@ -229,6 +231,8 @@ class Trainer:
             v, batch = Variables(shared, personal), Batch._make(batch)
             with model.evaluation_context(batch):
                 logits = self.algorithm.logits(model, v, batch.x)
+            if model.loss.targets == "tokens":
+                return _token_scores(logits, batch.y), logits
             loss = model.loss.each(logits, batch.y).double()
             is_nan = logits.isnan().any(1)  # argmax makes a class of it
             if model.loss.targets == "classes":
@@ -238,7 +242,8 @@ class Trainer:
             return torch.stack([is_correct, loss, is_nan.double()], 1), logits  # [B, 3], [B, k]
 
         sizes = torch.tensor([self.feed.test_size(c) for c in ids])
-        total = torch.zeros(len(ids), 3, dtype=torch.float64, device=self.device)
+        counts_tokens = model.loss.targets == "tokens"
+        total = torch.zeros(len(ids), 3 + counts_tokens, dtype=torch.float64, device=self.device)
         predictions: list[tuple[Tensor, Tensor]] = []
         for test_range in self._test_batches(int(sizes.max()), len(ids)):
             batch = self.feed.test_batch(ids, test_range[0], len(test_range))
@@ -250,11 +255,14 @@ class Trainer:
             else:
                 one = (value if value is None else value[0] for value in batch)
                 score, logits = (part[None] for part in score_one(v.shared, v.personal, *one))
-            if self.metrics:
+            if self.metrics and not counts_tokens:
                 predictions.append((logits, batch.y))
             if batch.real is not None:
                 score = score * batch.real.unsqueeze(-1)
             total += score.sum(1)
+        if counts_tokens:
+            scores = total[:, :3] / total[:, 3:]
+            return torch.cat([scores, *(scores[:, 1:2].exp() for _ in self.metrics)], 1)
         scores = total / to_device(sizes, self.device).unsqueeze(1)
         if not predictions:
             missing = scores.new_full((len(ids), len(self.metrics)), torch.nan)
@@ -281,7 +289,8 @@ class Trainer:
         """
         if self.model.couples:
             return equal_parts(range(samples), _TEST_BATCH)
-        width = max(1, _TEST_BATCH // clients)
+        outputs = self.model.shape[0] if self.model.loss.targets == "tokens" else 1
+        width = max(1, _TEST_BATCH // (clients * outputs))
         return [range(samples)[first : first + width] for first in range(0, samples, width)]
 
     def _run_items(
@@ -395,3 +404,15 @@ class Trainer:
         )
         # unused samples count as padding
         return runner.run_epoch(epoch if sizes == list(epoch.sizes) else epoch.truncate(sizes))
+
+
+def _token_scores(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of each text [B, 4] float64: right tokens, sum of losses, tokens with a NaN logit, tokens.
+
+    logits: [B, L, V], targets: [B, L].
+    """
+    has_target, is_nan = targets != IGNORED, logits.isnan().any(-1)
+    is_right = (logits.argmax(-1) == targets) & has_target & ~is_nan
+    losses, count = token_losses(logits, targets)
+    columns = is_right.sum(-1), losses, (is_nan & has_target).sum(-1), count
+    return torch.stack([column.double() for column in columns], -1)

@@ -77,6 +77,7 @@ def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
                 network.name,
                 network.options,
                 *builder_inputs,
+                positions=data.shape[0] if data.targets == "tokens" else 0,
                 weights=network.weights,
                 head=network.head,
                 output=network.output,
@@ -123,7 +124,7 @@ def split_data(config: Config, source: str, data: Data) -> Split:
     owners = {"owners": data.owners} if data.owners else {}
     partition = config.data.partition
     with prefix_errors(source, "data"):
-        if partition.by_class and data.targets != "classes":
+        if partition.by_class and not data.has_classes:
             raise ValueError(
                 f"partition.kind = {configs.partition_kind(partition)}: needs a class of each "
                 f"sample, and the targets are {data.targets}; choose iid, quantity or given"

@@ -1,4 +1,5 @@
-"""Load a sequence classifier of Hugging Face's transformers from a local folder.
+"""Load a sequence classifier or a causal language model of Hugging Face's transformers from a
+local folder.
 
 Its inputs are token ids. Nothing is downloaded and no code from the folder runs. Leaves have their
 names in transformers, with the prefix ``model.``.
@@ -26,6 +27,7 @@ class HuggingFace(nn.Module):
     """
 
     PREFIX = "model."  # in front of transformers' names
+    TASK = "SEQ_CLS"  # in peft's words
 
     def __init__(self, model: nn.Module, fresh: frozenset[str]) -> None:
         super().__init__()
@@ -50,6 +52,66 @@ class HuggingFace(nn.Module):
         ``name`` is the leaf's name in transformers.
         """
         return not name.startswith(f"{self.model.base_model_prefix}.")
+
+
+class CausalHuggingFace(nn.Module):
+    """A network around ``model``, a ``...ForCausalLM`` of transformers.
+
+    Padding at the end of a text changes nothing before it, so it is not masked.
+    """
+
+    PREFIX, TASK = HuggingFace.PREFIX, "CAUSAL_LM"
+    fresh: frozenset[str] = frozenset()  # all parameters come from the files of weights
+
+    def __init__(self, model: nn.Module, tokens: int) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.tokens = tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the next token [B, L, tokens] of token ids x [B, L]."""
+        length = x.shape[1]
+        future = torch.full((length, length), torch.finfo(torch.float32).min, device=x.device)
+        # added to the attention scores, see ``HuggingFace``
+        attention_bias = future.triu(1).expand(len(x), 1, length, length)
+        logits = self.model(input_ids=x, attention_mask=attention_bias, use_cache=False).logits
+        # a model may have more rows of embeddings than its tokenizer has tokens
+        return logits[..., : self.tokens]
+
+    def is_above_encoder(self, name: str) -> bool:
+        """Return False: peft adapts the head of a language model as any other layer."""
+        return False
+
+
+def load_causal(folder: str, length: int, tokens: int) -> CausalHuggingFace:
+    """Return the float32 language model in ``folder`` for texts of ``length`` token ids below
+    ``tokens``.
+
+    The network is drawn from torch's global generator if ``folder`` is a config.json alone. Raises
+    ValueError if a weight is missing or does not fit, if the model has fewer tokens, if it refuses
+    texts of this length, or if it is not causal.
+    """
+    model, report = _load(folder, "MODEL_FOR_CAUSAL_LM_MAPPING", "causal language model", {})
+    if unfit := sorted({*report["missing_keys"], *(n for n, *_ in report["mismatched_keys"])}):
+        others = f", and {len(unfit) - 1} more" if len(unfit) > 1 else ""
+        raise ValueError(
+            f"folder = {folder}: model.safetensors does not fit config.json: {unfit[0]} is "
+            f"missing or of another shape{others}"
+        )
+    config: Any = model.config
+    if tokens > config.vocab_size:
+        raise ValueError(
+            f"folder = {folder}: knows {config.vocab_size} tokens; the texts have {tokens}; give "
+            "the tokenizer of this model"
+        )
+    longest = getattr(config, "max_position_embeddings", length)
+    if length > longest:
+        raise ValueError(
+            f"folder = {folder}: reads texts of up to {longest} tokens, data.text.length = {length}"
+        )
+    module = CausalHuggingFace(model, tokens)
+    _check_causal(module, folder, length)
+    return module
 
 
 def load_classifier(
@@ -107,8 +169,15 @@ def required_files(folder: str) -> tuple[Path, ...]:
         ) from error
 
 
-def _load_checked(folder: str, classes: int) -> HuggingFace:
-    """Return the network with the weights of the folder; raise ValueError if they do not fit."""
+def _load(
+    folder: str, mapping: str, kind: str, settings: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network with the weights of the folder, and the loading report.
+
+    mapping: transformers' name of the classes of such a ``kind`` of model; settings: of its config.
+    The report lists the weights that are missing or have another shape. Raises ValueError if there
+    is no such model.
+    """
     config_file, *parts = required_files(folder)
     for file in (config_file, *parts):
         if not file.is_file():
@@ -123,13 +192,22 @@ def _load_checked(folder: str, classes: int) -> HuggingFace:
         raise ValueError(f"folder = {folder}: {error}") from error
     try:
         with _silence_library(library):
-            model, report = _build_classifier(library, config_file, classes, tree)
+            model, report = _build_model(library, config_file, mapping, kind, settings, tree)
     except Exception as error:  # transformers and json raise many types
         raise ValueError(
             f"folder = {folder}: transformers cannot read it: {' '.join(str(error).split())}"
         ) from error
-    if not parts:
-        return HuggingFace(model, frozenset())
+    return model, report if parts else {"missing_keys": (), "mismatched_keys": ()}
+
+
+def _load_checked(folder: str, classes: int) -> HuggingFace:
+    """Return the network with the weights of the folder; raise ValueError if they do not fit."""
+    model, report = _load(
+        folder,
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+        "sequence classifier",
+        {"num_labels": classes},
+    )
     missing, mismatched = (
         set(report["missing_keys"]),
         {name for name, *_ in report["mismatched_keys"]},
@@ -146,19 +224,16 @@ def _load_checked(folder: str, classes: int) -> HuggingFace:
     return module
 
 
-def _build_classifier(
-    library, config_file: Path, classes: int, tree: Tree
+def _build_model(
+    library, config_file: Path, mapping: str, kind: str, settings: dict[str, Any], tree: Tree
 ) -> tuple[nn.Module, dict]:
-    """Return the classifier of a config.json with the weights ``tree``, and the loading report.
-
-    The report lists the weights that are missing or have another shape.
-    """
+    """Return the network of a config.json with the weights ``tree``, and the loading report."""
     config = library.AutoConfig.from_pretrained(
-        config_file, num_labels=classes, local_files_only=True, trust_remote_code=False
+        config_file, local_files_only=True, trust_remote_code=False, **settings
     )
-    model_class = library.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    model_class = getattr(library, mapping).get(type(config), None)
     if model_class is None:
-        raise ValueError(f"it has no sequence classifier of the kind {config.model_type}")
+        raise ValueError(f"it has no {kind} of the kind {config.model_type}")
     return model_class.from_pretrained(
         None,
         config=config,
@@ -168,6 +243,25 @@ def _build_classifier(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+
+
+def _check_causal(module: CausalHuggingFace, folder: str, length: int) -> None:
+    """Raise ValueError unless the logits are those of transformers' own mask."""
+    x = torch.arange(2 * length).remainder(module.tokens).view(2, length)
+    with torch.no_grad():
+        try:
+            ours = module.eval()(x)
+            theirs = module.model(input_ids=x, use_cache=False).logits[..., : module.tokens]
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"folder = {folder}: refuses texts of data.text.length = {length} tokens: {reason}"
+            ) from error
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"folder = {folder}: a {module.model.config.model_type} hides later tokens in a way of "
+            "its own; gpt2, llama and gpt_neox do not"
+        )
 
 
 def _check_padding(module: HuggingFace, folder: str, length: int) -> None:

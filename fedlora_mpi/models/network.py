@@ -55,6 +55,7 @@ class Leaf(NamedTuple):
 class Model:
     """A network: ``model(tree, x)`` returns logits [B, classes] for the leaves ``tree``.
 
+    A language model returns [B, L, V]: at each position the logits of the next token.
     ``model.loss(logits, batch)`` is the mean loss of a batch, as ``model.loss`` of a config says.
     Where the targets are no classes, ``classes`` counts the outputs.
     In training mode BatchNorm writes its running statistics into the ``stats`` leaves of ``tree``.
@@ -258,16 +259,18 @@ def from_module(
     *,
     head: str | None = None,
     output: Field | None = None,
+    positions: int = 0,
 ) -> Model:
     """Return the model of ``module``, whose present parameters become the initial values.
 
     ``shape``: the shape of one input, without the batch axis. ``tokens``: as in ``Model``.
     ``head``: the name of the module that is the head; None: see ``watching``. ``output``: the field
-    of the module's output that holds the logits; None: see ``output_field``.
+    of the module's output that holds the logits; None: see ``output_field``. ``positions``: the
+    logits are [B, positions, classes]; 0: they are [B, classes].
 
-    Raises ValueError if the module does not map [B, *shape] to [B, classes], has a BatchNorm with a
-    cumulative average instead of a momentum, has a parameter that cannot be trained, or is not a
-    function of its parameters, buffers and inputs (see ``purity``).
+    Raises ValueError if the module does not map [B, *shape] to logits of this shape, has a
+    BatchNorm with a cumulative average instead of a momentum, has a parameter that cannot be
+    trained, or is not a function of its parameters, buffers and inputs (see ``purity``).
     """
     module, zeros = unwrap(module), _zero_inputs(2, shape, tokens)
     _materialize(module, zeros)
@@ -276,7 +279,8 @@ def from_module(
             if layer.momentum is None:
                 raise ValueError(f"name: layer {name} has momentum None (a cumulative average)")
             layer.num_batches_tracked = None
-    traits = _probe_module(copy_module(module), classes, zeros, output)
+    expected = [2, positions, classes] if positions else [2, classes]
+    traits = _probe_module(copy_module(module), expected, zeros, output)
     if traits["output"] is not None:
         module.register_forward_hook(TakeField(traits["output"]))
     x, other_inputs = trial_inputs(module, zeros, tokens)
@@ -381,10 +385,10 @@ def _zero_inputs(samples: int, shape: tuple[int, ...], tokens: int) -> Tensor:
     return torch.zeros(samples, *shape)
 
 
-def _probe_module(module: nn.Module, classes: int, x: Tensor, output: Field | None) -> dict:
+def _probe_module(module: nn.Module, expected: list[int], x: Tensor, output: Field | None) -> dict:
     """Run the module in each mode on two samples; return fields of ``Model`` that this shows.
 
-    output: as in ``from_module``. Raises ValueError unless the logits are [2, classes].
+    output: as in ``from_module``. Raises ValueError unless the logits have the shape ``expected``.
     """
     substitutes = Substitutes(None, torch.tensor(0))
     with torch.no_grad(), isolate_rng(0, "trial"), explain_refusal(x.shape[1:]):
@@ -392,13 +396,13 @@ def _probe_module(module: nn.Module, classes: int, x: Tensor, output: Field | No
             outputs = [module.train()(x)]
         evaluated, flops = forward_with_flops(module.eval(), x)
         outputs.append(evaluated)
-    field = find_field(outputs, classes, output)
+    field = find_field(outputs, expected, output)
     for value in outputs:
         logits = value if field is None else TakeField(field)(module, (), value)
-        if not isinstance(logits, Tensor) or list(logits.shape) != [2, classes]:
+        if not isinstance(logits, Tensor) or list(logits.shape) != expected:
             source = "name: the model" if output is None else f"output = {output}: the field"
             raise ValueError(
-                f"{source} gives {describe_output(logits)} for 2 samples, not [2, {classes}]"
+                f"{source} gives {describe_output(logits)} for 2 samples, not {expected}"
             )
     return {
         "flops": flops // 2,

@@ -26,17 +26,19 @@ class TakeField:
         return output if isinstance(output, Tensor) else _values(output, self.field)[self.field]
 
 
-def find_field(outputs: Sequence[Any], classes: int, requested: Field | None) -> Field | None:
+def find_field(
+    outputs: Sequence[Any], expected: list[int], requested: Field | None
+) -> Field | None:
     """Return the field that holds the logits in every output that is no tensor; None if all are.
 
-    ``outputs`` are those for two samples in each mode. Without a request it is the only field
-    [2, classes], or that of these with the name logits. Raises ValueError that lists the fields if
-    this is undecided, or if there is no such field.
+    ``outputs`` are those for two samples in each mode. Without a request it is the only field of
+    the shape ``expected``, or that of these with the name logits. Raises ValueError that lists the
+    fields if this is undecided, or if there is no such field.
     """
     structured = [output for output in outputs if not isinstance(output, Tensor)]
     if requested is not None and not structured:
         raise ValueError(f"output = {requested}: the model returns a tensor; leave the key out")
-    found = {_logits_field(output, classes, requested) for output in structured}
+    found = {_logits_field(output, expected, requested) for output in structured}
     if len(found) > 1:
         descriptions = " in training and ".join(map(describe_output, structured))
         raise ValueError(f"name: the model returns {descriptions} in evaluation; make them agree")
@@ -51,7 +53,7 @@ def describe_output(output: Any) -> str:
     return type(output).__name__ + (f" with {', '.join(values)}" if values else "")
 
 
-def _logits_field(output: Any, classes: int, requested: Field | None) -> Field:
+def _logits_field(output: Any, expected: list[int], requested: Field | None) -> Field:
     """Return the field of one output, see ``find_field``."""
     if requested is not None:
         if requested not in _values(output, requested):
@@ -62,14 +64,14 @@ def _logits_field(output: Any, classes: int, requested: Field | None) -> Field:
     fitting = [
         name
         for name, value in _values(output).items()
-        if isinstance(value, Tensor) and list(value.shape) == [2, classes]
+        if isinstance(value, Tensor) and list(value.shape) == expected
     ]
     if len(fitting) == 1 or "logits" in fitting:
         return "logits" if "logits" in fitting else fitting[0]
     text = f"name: the model gives {describe_output(output)} for 2 samples"
     if fitting:
         raise ValueError(f"{text}; name the field of the logits, such as model.output={fitting[0]}")
-    raise ValueError(f"{text}, none of which is [2, {classes}]")
+    raise ValueError(f"{text}, none of which is {expected}")
 
 
 def _values(output: Any, number: Field | None = None) -> dict[Any, Any]:

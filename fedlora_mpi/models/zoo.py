@@ -20,6 +20,7 @@ from ..core.user_code import describe_error, import_object
 from . import huggingface
 from . import weights as files
 from .coupling import couples_examples
+from .gpt import GPT
 from .network import Model, from_module
 from .resnet import ResNet
 from .transformer import Transformer
@@ -109,6 +110,24 @@ def vit(
     return VisionTransformer(classes, channels, patches, patch=patch, **sizes)
 
 
+def gpt(
+    classes: int,
+    shape: tuple[int, ...],
+    tokens: int,
+    padding: int = 0,
+    *,
+    width: int = 64,
+    heads: int = 4,
+    layers: int = 2,
+    feedforward: int = 256,
+    dropout: float = 0.0,
+    tied: bool = True,
+) -> nn.Module:
+    """A causal Transformer that predicts the next token of texts of up to ``shape[0]`` tokens."""
+    sizes = _encoder_sizes(width, heads, layers, feedforward, dropout)
+    return GPT(shape[0], classes, tied=tied, **sizes)
+
+
 def _encoder_sizes(
     width: int, heads: int, layers: int, feedforward: int, dropout: float
 ) -> dict[str, Any]:
@@ -125,13 +144,22 @@ def _encoder_sizes(
 
 
 def hf(
-    classes: int, shape: tuple[int, ...], tokens: int, padding: int, *, folder: str
+    classes: int,
+    shape: tuple[int, ...],
+    tokens: int,
+    padding: int,
+    positions: int = 0,
+    *,
+    folder: str,
 ) -> nn.Module:
-    """The pre-trained model in ``folder``, saved by Hugging Face's transformers.
+    """The pre-trained model in ``folder``, saved by Hugging Face's transformers: a classifier, or a
+    causal language model.
 
     It is for the texts of its tokenizer. If ``folder`` is a config.json, the same network is built
     without pre-trained weights.
     """
+    if positions:
+        return huggingface.load_causal(folder, shape[0], tokens)
     return huggingface.load_classifier(folder, classes, shape[0], tokens, padding)
 
 
@@ -180,7 +208,7 @@ YI_CNNS = (
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     builder.__name__: builder
-    for builder in (resnet8, resnet10, cifar_resnet8, cnn, *YI_CNNS, mlp, transformer, vit, hf)
+    for builder in (resnet8, resnet10, cifar_resnet8, cnn, *YI_CNNS, mlp, transformer, gpt, vit, hf)
 }
 _ANY_NUMBERS = ("mlp",)  # the other networks of BUILDERS are for images or texts
 
@@ -197,23 +225,28 @@ def build(
     weights: str | None = None,
     head: str | None = None,
     output: str | int | None = None,
+    positions: int = 0,
 ) -> Model:
     """Return the model ``name`` with initial weights drawn from ``seed``, or read from ``weights``.
 
     ``name`` is a key of BUILDERS, ``torchvision:<model>`` (any classification model), or
     ``module:callable``. The callable gets ``classes`` and ``shape`` (for texts also ``tokens``, and
     ``padding`` if it has that parameter) and returns an nn.Module. ``weights``: see
-    ``weights.find_file``; ``head`` and ``output``: see ``network.from_module``.
+    ``weights.find_file``; ``head``, ``output`` and ``positions``: see
+    ``network.from_module``.
 
     Raises ValueError if there is no such model, if it refuses its options or inputs, if the weights
     are missing or do not fit, or if it has no such head or output.
     """
     with isolate_rng(seed, "model"):
         own = _own_options(name, {"head": head, "output": output})
-        module = _build_module(name, {**options, **own}, classes, shape, tokens, padding)
+        place = {"positions": positions} if name == "hf" else {}
+        module = _build_module(name, {**options, **own, **place}, classes, shape, tokens, padding)
         head = None if "head" in own else head
         output = None if "output" in own else output
-        model = from_module(module, classes, shape, tokens, head=head, output=output)
+        model = from_module(
+            module, classes, shape, tokens, head=head, output=output, positions=positions
+        )
         if is_external(name) and not name.startswith("torchvision:"):
             model = replace(model, couples=couples_examples(model, seed))
     if weights is None:
