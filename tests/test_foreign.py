@@ -241,6 +241,7 @@ WRONG_SIGNATURES = {
     "loss": ("model, train", "model"),
     "transport": ("client", "client, clients"),
     "server": ("shared", "model, shared"),
+    "mean_factors": ("reports", "reports, round_"),
     "mix": ("gram, extra", "gram, extra, round_"),
     "client_model": ("v", "model, v"),
     "logits": ("model, v", "model, v, x"),
