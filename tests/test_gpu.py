@@ -375,9 +375,15 @@ def test_bfloat16_is_near_float32_and_leaves_weights_in_float32(name, stacked):
     assert all(v.dtype == torch.float32 for tree in results[0] for v in tree.values())
     assert not equal(*results)
     start = runs[1][1].shared
+    apart = moved = torch.zeros(())
     for leaf, value in results[0][0].items():
-        fine, moved = results[1][0][leaf], (results[1][0][leaf] - start[leaf]).abs().max()
-        assert (value - fine).abs().max() <= 0.25 * moved + 1e-3, leaf
+        fine = results[1][0][leaf]
+        gap, step = value - fine, fine - start[leaf]
+        # a leaf of a few numbers, such as a control variate of a bias, may be off by a third
+        assert gap.abs().max() <= 0.5 * step.abs().max() + 1e-3, leaf
+        if not leaf.endswith(("running_mean", "running_var")):
+            apart, moved = apart + gap.square().sum(), moved + step.square().sum()
+    assert apart.sqrt() <= 0.2 * moved.sqrt() + 1e-3
 
 
 BF16_NETWORKS = [("bn_net", True), ("bn_net", False), thorough_param("cnn", False)]
