@@ -195,6 +195,7 @@ def test_a_key_of_the_lines_names_the_client(tmp_path):
     assert [rows.tolist() for rows in built.split.train] == [
         [k, k + 3, k + 6, k + 9] for k in range(3)
     ]
+    tree["data"]["language"]["template"] = "Say: {prompt}\nSo:"  # never used, but recorded
     again = configs.from_dict(configs.resolved_dict(configs.from_dict(tree, "test")), "test")
     assert again == configs.from_dict(tree, "test")
 

@@ -497,7 +497,7 @@ def test_a_block_is_no_data_set(tmp_path):
 def test_a_name_that_is_no_data_set_is_refused_with_the_nearest(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("data: {dataset: mnits, partition: iid}\nmodel: cnn\nalgorithm: fedavg\n")
-    with pytest.raises(configs.ConfigError, match="table or <module>:<function>. Did you mean"):
+    with pytest.raises(configs.ConfigError, match="instruct or <module>:<function>. Did you mean"):
         configs.read(path)
 
 

@@ -208,7 +208,7 @@ def test_the_page_of_the_config_has_every_key_with_its_default():
             )
     gone = {key for key in rows if re.fullmatch(r"(\w+\.)+\w+", key)} - known().keys()
     # of the blocks, which have tables of their own
-    assert gone == {"data.synthetic", "data.text", "data.table", "data.tasks"}
+    assert gone == {"data.synthetic", "data.text", "data.table", "data.language", "data.tasks"}
 
 
 def bounds(cls: type, above: str = "") -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ class Language:
     text: str = "text"  # text_lm: the key of the text
     prompt: str = "prompt"  # instruct: the keys of both parts
     response: str = "response"
-    template: str = "{prompt}\n"  # instruct: what stands in front of a response
+    template: str = "{prompt}"  # instruct: the lines in front of a response
     client: str | None = None  # the key of the client, for partition.kind = given
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ def read_language(
         row = _parse_object(location, line)
         if dataset == "instruct":
             prompt = _text_of(location, row, "prompt", language.prompt)
-            opening = language.template.replace("{prompt}", prompt)
+            opening = language.template.replace("{prompt}", prompt) + "\n"
             texts.append(opening + _text_of(location, row, "response", language.response))
             starts.append(len(opening))
         else:
