@@ -333,11 +333,7 @@ def _load_texts(source: Source) -> Data:
     """
     raw, text = _TEXT_READERS[source.dataset](source), source.text
     assert isinstance(raw.train, LabelledTexts) and isinstance(raw.test, LabelledTexts)
-    vocabulary = (
-        Vocabulary.from_tokenizer(text)
-        if text.tokenizer
-        else Vocabulary.from_texts(raw.train.texts, text)
-    )
+    vocabulary = _vocabulary(text, raw.train.texts)
     train, test = (
         Samples(vocabulary.encode(side.texts), torch.tensor(side.y))
         for side in (raw.train, raw.test)
@@ -350,6 +346,13 @@ def _load_texts(source: Source) -> Data:
         class_names=raw.class_names,
         hints=raw.hints,
     )
+
+
+def _vocabulary(text: Text, train_texts: list[str], needs_padding: bool = True) -> Vocabulary:
+    """Return the vocabulary of the given tokenizer, or else that of the training texts."""
+    if text.tokenizer:
+        return Vocabulary.from_tokenizer(text, needs_padding)
+    return Vocabulary.from_texts(train_texts, text)
 
 
 def _load_language(source: Source) -> Data:
@@ -369,11 +372,7 @@ def _load_language(source: Source) -> Data:
         train, test = (LanguageTexts.whole(side.texts) for side in (raw.train, raw.test))
         topics = np.array(raw.train.y, np.int64), np.array(raw.test.y, np.int64)
         names, hints = raw.class_names, raw.hints
-    vocabulary = (
-        Vocabulary.from_tokenizer(text, needs_padding=False)
-        if text.tokenizer
-        else Vocabulary.from_texts(train.texts, text)
-    )
+    vocabulary = _vocabulary(text, train.texts, needs_padding=False)
     train_samples, test_samples = (
         language_samples(vocabulary, side, f"text.{key} = {getattr(text, key)}")
         for key, side in (("train", train), ("test", test))

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..algorithm import Phase, Variables
 from .compiled import evict_oldest, identity_key, split_tensors
 from .memory import is_memory_error
-from .walk import Epoch, PhaseRunner, Trainer, copy_into, tmap_vars
+from .walk import Epoch, PhaseRunner, Trainer, copy_all, copy_into, tmap_vars
 
 _MAX_RUNNERS = 16  # recorded phases per trainer; the oldest is dropped
 # Recorded epochs per phase. Further ones run step by step: if the oldest gave way, clients of many
@@ -255,8 +255,7 @@ class _RecordedEpoch:
         """Run the recording on ``epoch`` and return its sums [2, C], see
         ``PhaseRunner.run_batches``.
         """
-        for target, value in zip(self._epoch.tensors(), epoch.tensors(), strict=True):
-            copy_into(target, value)
+        copy_all(zip(self._epoch.tensors(), epoch.tensors(), strict=True))
         epoch.on_batch()
         self.sums.zero_()
         for graph in self._graphs:
