@@ -89,6 +89,10 @@ class Model:
     # the field of the module's own output that holds the logits; None if it returns them alone
     output: Field | None = None
     loss: Loss = CROSS_ENTROPY
+    # the type in which a pass computes, where the parameters are stored in it; None: as it comes
+    dtype: torch.dtype | None = None
+    # names of the modules that training passes compute twice, see ``recomputing.py``
+    recomputed: tuple[str, ...] = ()
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
         return self._call(self.modules[self.training], self.leaf_names[0], tree, x, self.effects)
@@ -116,6 +120,7 @@ class Model:
         """
         if not place:
             return self.replace_input(tree, x, self.head, change)
+        self._check_hook(place)
         hook = (
             self.modules[self.training]
             .get_submodule(place)
@@ -129,12 +134,21 @@ class Model:
         """Return the logits where ``change(h)`` takes the place of h, the first input of the module
         ``place``.
         """
+        self._check_hook(place)
         hook = (
             self.modules[self.training]
             .get_submodule(place)
             .register_forward_pre_hook(lambda part, inputs: (change(inputs[0]), *inputs[1:]))
         )
         return self._call_with_hook(tree, x, hook)
+
+    def _check_hook(self, place: str) -> None:
+        """Raise ValueError if a change at ``place`` would be missing where a block runs again."""
+        if self.training and any(place.startswith(f"{block}.") for block in self.recomputed):
+            raise ValueError(
+                f"engine.gradient_checkpointing = true: the method changes what {place} gives, "
+                "inside a block that is computed again; set it to false"
+            )
 
     def _call_with_hook(self, tree: Tree, x: Tensor, hook: RemovableHandle) -> Tensor:
         try:
@@ -157,9 +171,21 @@ class Model:
                 f"{error.args[0]} of the network has no value: what a method's client_model "
                 "returns must hold every leaf of model.leaves"
             ) from None
+        if self.dtype is not None:
+            module_leaves = {
+                place: self._stored(leaf_names[place], v) for place, v in module_leaves.items()
+            }
+            x = x.to(self.dtype) if x.is_floating_point() else x
         if effects == Effects():
-            return functional_call(module, module_leaves, (x,))
-        return effects.run_module(module, module_leaves, x, self.training)
+            result = functional_call(module, module_leaves, (x,))
+        else:
+            result = effects.run_module(module, module_leaves, x, self.training)
+        return result if self.dtype is None else result.float()
+
+    def _stored(self, leaf: str, value: Tensor) -> Tensor:
+        """Return the value of a leaf in the type ``dtype``, if it is a parameter."""
+        is_parameter = leaf in self.frozen_leaves or self.role(leaf) not in (None, "stats")
+        return value.to(self.dtype) if is_parameter and value.dtype != self.dtype else value
 
     def zero_inputs(self, samples: int) -> Tensor:
         """Return inputs [samples, *shape] without information, see ``_zero_inputs``."""
@@ -260,13 +286,15 @@ def from_module(
     head: str | None = None,
     output: Field | None = None,
     positions: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Model:
     """Return the model of ``module``, whose present parameters become the initial values.
 
     ``shape``: the shape of one input, without the batch axis. ``tokens``: as in ``Model``.
     ``head``: the name of the module that is the head; None: see ``watching``. ``output``: the field
     of the module's output that holds the logits; None: see ``output_field``. ``positions``: the
-    logits are [B, positions, classes]; 0: they are [B, classes].
+    logits are [B, positions, classes]; 0: they are [B, classes]. ``dtype``: store the parameters so
+    and compute in it, from inputs and to logits in float32; None: as ``module`` has them.
 
     Raises ValueError if the module does not map [B, *shape] to logits of this shape, has a
     BatchNorm with a cumulative average instead of a momentum, has a parameter that cannot be
@@ -274,6 +302,9 @@ def from_module(
     """
     module, zeros = unwrap(module), _zero_inputs(2, shape, tokens)
     _materialize(module, zeros)
+    if dtype is not None:
+        _store_parameters(module, dtype)
+        zeros = zeros.to(dtype) if zeros.is_floating_point() else zeros
     for name, layer in module.named_modules():
         if isinstance(layer, _NormBase) and layer.track_running_stats:
             if layer.momentum is None:
@@ -315,7 +346,24 @@ def from_module(
         effects=pass_effects,
     )
     check_functional(module, model, x)
-    return replace(model, ends_in_linear=_ends_in_linear(model, x))
+    return replace(model, ends_in_linear=_ends_in_linear(model, x), dtype=dtype)
+
+
+def _store_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give the floating-point parameters of ``module`` the type ``dtype``; buffers keep theirs.
+
+    Raises ValueError for a BatchNorm, whose statistics need float32 beside it.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, _NormBase):
+            raise ValueError(
+                f"dtype = {str(dtype).removeprefix('torch.')}: layer {name} normalises by "
+                "statistics, which need float32; engine.precision=bf16 computes the rest in "
+                "bfloat16"
+            )
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _ends_in_linear(model: Model, x: Tensor) -> bool:

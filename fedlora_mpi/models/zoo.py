@@ -13,6 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ..core.seeds import isolate_rng
@@ -226,13 +227,14 @@ def build(
     head: str | None = None,
     output: str | int | None = None,
     positions: int = 0,
+    dtype: str | None = None,
 ) -> Model:
     """Return the model ``name`` with initial weights drawn from ``seed``, or read from ``weights``.
 
     ``name`` is a key of BUILDERS, ``torchvision:<model>`` (any classification model), or
     ``module:callable``. The callable gets ``classes`` and ``shape`` (for texts also ``tokens``, and
     ``padding`` if it has that parameter) and returns an nn.Module. ``weights``: see
-    ``weights.find_file``; ``head``, ``output`` and ``positions``: see
+    ``weights.find_file``; ``head``, ``output``, ``positions`` and ``dtype`` (torch's name): see
     ``network.from_module``.
 
     Raises ValueError if there is no such model, if it refuses its options or inputs, if the weights
@@ -245,7 +247,14 @@ def build(
         head = None if "head" in own else head
         output = None if "output" in own else output
         model = from_module(
-            module, classes, shape, tokens, head=head, output=output, positions=positions
+            module,
+            classes,
+            shape,
+            tokens,
+            head=head,
+            output=output,
+            positions=positions,
+            dtype=getattr(torch, dtype) if dtype else None,
         )
         if is_external(name) and not name.startswith("torchvision:"):
             model = replace(model, couples=couples_examples(model, seed))
