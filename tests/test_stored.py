@@ -1,5 +1,7 @@
 """Networks whose parameters are stored in bfloat16: ``model.dtype``."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from runs import (
@@ -13,9 +15,11 @@ from runs import (
 from tiers import thorough_param
 
 from fedlora_mpi.config.blocks import ConfigError
+from fedlora_mpi.core.seeds import isolate_rng
 from fedlora_mpi.core.tree import nbytes
 from fedlora_mpi.experiment.loop import resume
 from fedlora_mpi.models import zoo
+from fedlora_mpi.models.network import from_module
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal
 
@@ -115,3 +119,33 @@ def test_statistics_are_refused_in_one_line():
 def test_other_types_are_refused_in_one_line():
     with pytest.raises(ConfigError, match="dtype"):
         build_tiny("model={name: mlp, dtype: int8}")
+
+
+def own_module(name):
+    """(a network of this package, its classes, its inputs' shape, its tokens, its positions)"""
+    text = name in ("transformer", "gpt")
+    shape = (LENGTH,) if text else (3, 16, 16)
+    with isolate_rng(1, "own"):
+        tokens = {"tokens": TOKENS} if text else {}
+        module = zoo.BUILDERS[name](TOKENS, shape, **tokens)
+    return module, TOKENS, shape, TOKENS if text else 0, LENGTH if name == "gpt" else 0
+
+
+@pytest.mark.parametrize("name", [n for n in zoo.BUILDERS if n != "hf"])
+def test_own_networks_are_what_a_trial_would_find_and_are_not_copied(name):
+    module, classes, shape, tokens, positions = own_module(name)
+    tried, trusted = (
+        from_module(module, classes, shape, tokens, positions=positions, trusted=trusted)
+        for trusted in (False, True)
+    )
+    own = {v.data_ptr() for v in (*module.parameters(), *module.buffers())}
+    assert {v.data_ptr() for v in trusted.initial.values()} <= own
+    assert not own & {v.data_ptr() for v in tried.initial.values()}
+    skip = ("modules", "bodies", "initial", "constants")
+    for field in fields(tried):
+        if field.name not in skip:
+            assert getattr(tried, field.name) == getattr(trusted, field.name), field.name
+    assert_near(tried.initial, trusted.initial, 0)
+    x = torch.ones(2, *shape, dtype=torch.int64 if tokens else torch.float32)
+    a, b = (m.eval_mode()(m.initial, x) for m in (tried, trusted))
+    assert torch.equal(a, b)

@@ -36,7 +36,13 @@ from .output_field import Field, TakeField, describe_output, find_field
 from .purity import check_functional, find_effects, trial_inputs
 from .substitutes import Substitutes
 from .ties import find_leaf_names, find_ties, named_tensors, restore_ties
-from .unwrapping import copy_module, explain_refusal, has_lazy_layers, unwrap
+from .unwrapping import (
+    copy_module,
+    explain_refusal,
+    has_lazy_layers,
+    remove_values,
+    unwrap,
+)
 from .watching import ForwardTrace, Matrix, name_head, owning_module, trace_forward
 
 Role = Literal["body", "head", "norm", "stats"]
@@ -287,6 +293,7 @@ def from_module(
     output: Field | None = None,
     positions: int = 0,
     dtype: torch.dtype | None = None,
+    trusted: bool = False,
 ) -> Model:
     """Return the model of ``module``, whose present parameters become the initial values.
 
@@ -295,13 +302,17 @@ def from_module(
     of the module's output that holds the logits; None: see ``output_field``. ``positions``: the
     logits are [B, positions, classes]; 0: they are [B, classes]. ``dtype``: store the parameters so
     and compute in it, from inputs and to logits in float32; None: as ``module`` has them.
+    ``trusted``: a network of this package, whose passes are known to have no side effects. They are
+    not tried, and the initial values are the module's own tensors, since a large network must not
+    be in memory twice.
 
     Raises ValueError if the module does not map [B, *shape] to logits of this shape, has a
     BatchNorm with a cumulative average instead of a momentum, has a parameter that cannot be
     trained, or is not a function of its parameters, buffers and inputs (see ``purity``).
     """
     module, zeros = unwrap(module), _zero_inputs(2, shape, tokens)
-    _materialize(module, zeros)
+    if not trusted:
+        _materialize(module, zeros)
     if dtype is not None:
         _store_parameters(module, dtype)
         zeros = zeros.to(dtype) if zeros.is_floating_point() else zeros
@@ -311,21 +322,22 @@ def from_module(
                 raise ValueError(f"name: layer {name} has momentum None (a cumulative average)")
             layer.num_batches_tracked = None
     expected = [2, positions, classes] if positions else [2, classes]
-    traits = _probe_module(copy_module(module), expected, zeros, output)
+    traits = _probe_module(copy_module(module, trusted), expected, zeros, output)
     if traits["output"] is not None:
         module.register_forward_hook(TakeField(traits["output"]))
-    x, other_inputs = trial_inputs(module, zeros, tokens)
-    pass_effects, ties = find_effects(module, x, other_inputs), find_ties(module)
-    trace = trace_forward(module, zeros, classes)
+    x, other_inputs = (zeros, zeros) if trusted else trial_inputs(module, zeros, tokens)
+    pass_effects = Effects() if trusted else find_effects(module, x, other_inputs)
+    ties, trace = find_ties(module), trace_forward(module, zeros, classes, trusted)
     if head is not None:
         trace = name_head(module, zeros, trace, head)
-    leaves, locked, initial, constants = _classify_leaves(module, trace)
+    leaves, locked, initial, constants = _classify_leaves(module, trace, keep=trusted)
     if head is not None and "head" not in {leaf.role for leaf in (leaves | locked).values()}:
         raise ValueError(
             f"head = {head}: all its parameters are those of other layers too (tied), or of "
             "normalisation layers"
         )
-    skeleton = restore_ties(copy.deepcopy(module).to("meta"), ties)
+    empty = remove_values(module) if trusted else copy.deepcopy(module).to("meta")
+    skeleton = restore_ties(empty, ties)
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
     eval_body, train_body = (_remove_head(copy.deepcopy(m), trace.head) for m in modules)
     model = Model(
@@ -345,7 +357,8 @@ def from_module(
         leaf_names=find_leaf_names(modules[0], eval_body, trace.head, ties),
         effects=pass_effects,
     )
-    check_functional(module, model, x)
+    if not trusted:
+        check_functional(module, model, x)
     return replace(model, ends_in_linear=_ends_in_linear(model, x), dtype=dtype)
 
 
@@ -461,9 +474,10 @@ def _probe_module(module: nn.Module, expected: list[int], x: Tensor, output: Fie
 
 
 def _classify_leaves(
-    module: nn.Module, trace: ForwardTrace
+    module: nn.Module, trace: ForwardTrace, keep: bool
 ) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, Tree]:
-    """Return the leaves, the frozen leaves, the initial values and the constants.
+    """Return the leaves, the frozen leaves, the initial values and the constants; with ``keep``,
+    values are the module's own tensors.
 
     Raises ValueError for a trained parameter that is not floating-point.
     """
@@ -482,7 +496,7 @@ def _classify_leaves(
                     "trains; hold its real and imaginary part as two parameters (torch.complex "
                     "joins them), or freeze it by requires_grad_(False)"
                 )
-            constants[name] = value.detach().clone()
+            constants[name] = value.detach() if keep else value.detach().clone()
             continue
         role: Role
         if id(value) not in parameters:
@@ -500,7 +514,8 @@ def _classify_leaves(
         leaf = Leaf(tuple(value.shape), role, next(filter(None, matrices), ""))
         frozen = role != "stats" and not trained
         (locked if frozen else leaves)[name] = leaf
-        (constants if frozen else initial)[name] = value.detach().clone()
+        values = constants if frozen else initial
+        values[name] = value.detach() if keep else value.detach().clone()
     return leaves, locked, initial, constants
 
 

@@ -150,6 +150,7 @@ def hf(
     tokens: int,
     padding: int,
     positions: int = 0,
+    dtype: str | None = None,
     *,
     folder: str,
 ) -> nn.Module:
@@ -159,9 +160,10 @@ def hf(
     It is for the texts of its tokenizer. If ``folder`` is a config.json, the same network is built
     without pre-trained weights.
     """
+    kind = getattr(torch, dtype or "float32")
     if positions:
-        return huggingface.load_causal(folder, shape[0], tokens)
-    return huggingface.load_classifier(folder, classes, shape[0], tokens, padding)
+        return huggingface.load_causal(folder, shape[0], tokens, kind)
+    return huggingface.load_classifier(folder, classes, shape[0], tokens, padding, kind)
 
 
 def _yi_cnn(
@@ -242,7 +244,7 @@ def build(
     """
     with isolate_rng(seed, "model"):
         own = _own_options(name, {"head": head, "output": output})
-        place = {"positions": positions} if name == "hf" else {}
+        place = {"positions": positions, "dtype": dtype} if name == "hf" else {}
         module = _build_module(name, {**options, **own, **place}, classes, shape, tokens, padding)
         head = None if "head" in own else head
         output = None if "output" in own else output
@@ -255,6 +257,7 @@ def build(
             output=output,
             positions=positions,
             dtype=getattr(torch, dtype) if dtype else None,
+            trusted=not is_external(name),
         )
         if is_external(name) and not name.startswith("torchvision:"):
             model = replace(model, couples=couples_examples(model, seed))
