@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import inf, isnan
 
-from .grid import ACCURACY, Case, Entry, Job, Score, Tuning
+from .grid import Case, Entry, Job, Score, Tuning
 from .results import ResultStore
 
 Rates = dict[tuple[Case, str], float]  # (case, key of the entry) -> learning rate
@@ -17,7 +17,7 @@ def trial_entries(entries: Iterable[Entry], tuning: Tuning) -> Iterator[Entry]:
             yield replace(entry, key=_trial_key(entry.key, lr), lr=lr, non_finite="skip")
 
 
-def choose_rates(trials: Sequence[Job], store: ResultStore, score: Score = ACCURACY) -> Rates:
+def choose_rates(trials: Sequence[Job], store: ResultStore, score: Score) -> Rates:
     """The best learning rate of each method of each case.
 
     It is the one with the best ``score`` in the last rounds, the lower one of two equal ones. NaN
