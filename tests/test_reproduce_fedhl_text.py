@@ -177,7 +177,7 @@ def test_runs_tune_the_topic_alone_and_leave_the_head_as_it_is(
     for name, number in (("part.csv", 12), ("test.csv", 8)):
         with open(tmp_path / "AG_NEWS" / name, "w", newline="") as file:
             csv.writer(file).writerows(
-                (c, f"Title {n}", words) for n in range(number) for c, words in WORDS.items()
+                (c, f"Title{n}", words) for n in range(number) for c, words in WORDS.items()
             )
     sizes = {"clients": 4, "train": 3, "test": 2, "batch_size": 2}
     for scale in ("SMALL_SCALE", "FULL_SCALE"):

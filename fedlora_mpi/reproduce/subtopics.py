@@ -39,8 +39,9 @@ def write_subtopics(
     the two CSV files ``to``, paths under ``root``.
     """
     raw = read_texts(source)
-    sides = [_texts_of(side, [class_]) for side in (raw.train, raw.test)]
-    for path, texts, subtopics in zip(to, sides, find_subtopics(*sides, count), strict=True):
+    train, test = (_texts_of(side, [class_]) for side in (raw.train, raw.test))
+    subtopics_of = find_subtopics(train, test, count)
+    for path, texts, subtopics in zip(to, (train, test), subtopics_of, strict=True):
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow((SUBTOPIC, TEXT))
