@@ -12,7 +12,7 @@ the first place. It is ``body`` if any of its places is outside the classifier.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -55,6 +55,22 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     role: Role
     matrix: Matrix  # how a low-rank part reads it; "" if it cannot have one
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is read as the matrix of a linear map, which has no kernel."""
+        return self.matrix == "linear" or self.matrix == "transposed" and len(self.shape) == 2
+
+
+class StartAdapter(NamedTuple):
+    """A low-rank part from which methods start, beside the network's initial weights.
+
+    factors: {weight: (A [r, in side], B [out side, r], s)}; it starts as W_0 + s B A.
+    whole: the leaves whose initial values came with it.
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor, float]] = {}
+    whole: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,7 @@ class Model:
     dtype: torch.dtype | None = None
     # names of the modules that training passes compute twice, see ``recomputing.py``
     recomputed: tuple[str, ...] = ()
+    adapter: StartAdapter = StartAdapter()
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
         return self._call(self.modules[self.training], self.leaf_names[0], tree, x, self.effects)
