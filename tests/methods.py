@@ -9,7 +9,10 @@ from fedlora_mpi.components.lora import FineTuning
 WORDS = f"""data={{
     dataset: csv, root: {TESTS / "words"}, text: {{label: topic, columns: [body], length: 6}},
     partition: {{kind: dirichlet_class, alpha: 0.7, clients: 7, minimum: 5}}}}"""
-GPT = (WORDS, "model={name: gpt, width: 8, heads: 2, layers: 1, feedforward: 12, loss: next_token}")
+GPT = (
+    WORDS,
+    "model={name: gpt, width: 8, heads: 2, layers: 1, feedforward: 12, loss: next_token}",
+)
 LORA_METHODS = tuple(
     name
     for name in algorithms.algorithm_names()
