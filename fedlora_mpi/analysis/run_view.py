@@ -254,8 +254,8 @@ class RunView:
             "dtype": block.dtype,
         }
         if all(file.is_file() for origin in block.origins for file in origin.files):
-            start = {"weights": block.weights, "adapter": block.adapter}
-            return build(block.name, block.options, *inputs, **start, **settings)
+            settings |= {"weights": block.weights, "adapter": block.adapter}
+            return build(block.name, block.options, *inputs, **settings)
         saved_config = self._folder / f"network-{number}.json"
         if saved_config.is_file():
             self._files.read_text(saved_config.name)  # raises if it is damaged

@@ -285,13 +285,13 @@ class FineTuning(Algorithm):
         """Return {weight: W_0 + W + s B A, not formed} of the weights of Linears and the like."""
         tree, leaves, (factors, W) = model.all_values, model.all_leaves, self.update_parts(shared)
 
-        def unmerged(n, B):
+        def combine(n, B):
             input_first = leaves[n].matrix == "transposed"
             A = factors[factor_name(n, "A")]
             return UnmergedWeight(tree[n], W.get(n), A, B, self.s, input_first)
 
         return {
-            n: unmerged(n, B)
+            n: combine(n, B)
             for n, B in factors_by_weight(factors, "B").items()
             if leaves[n].is_linear and tree[n].dim() == 2
         }
