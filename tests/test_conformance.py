@@ -18,6 +18,7 @@ from methods import CAUSAL_METHODS, GPT, LORA_METHODS, overrides_for
 from runs import (
     NORM,
     TINY,
+    RoundSnapshot,
     assert_near,
     assert_same_run,
     build_tiny,
@@ -32,7 +33,7 @@ from fedlora_mpi import algorithms
 from fedlora_mpi.algorithm import Algorithm, Variables
 from fedlora_mpi.config import read
 from fedlora_mpi.core.losses import IGNORED
-from fedlora_mpi.core.names import display_name
+from fedlora_mpi.core.names import display_name, is_factor
 from fedlora_mpi.data.partition import PARTITIONS, DirichletClass
 from fedlora_mpi.experiment.checkpointing import initial_state
 from fedlora_mpi.experiment.loop import resume, start
@@ -128,6 +129,14 @@ def together(name: str, model: tuple[str, ...]):
         "fedhpl_like": ("train.lr=1", "algorithm.gamma=0.02"),
     }
     return run(name, *model, "participation=1.0", "rounds=6", ONE_STACK, *settings.get(name, ()))
+
+
+def determined(name: str, model: tuple[str, ...], *moments: RoundSnapshot) -> list[dict]:
+    """The shared leaves of each moment. In a language model many singular values are so small that
+    rounding turns their vectors: the factors made of them are left out, W is not.
+    """
+    turns = name in NEAR and model == GPT
+    return [{n: v for n, v in m.shared.items() if not (turns and is_factor(n))} for m in moments]
 
 
 def test_the_tiny_experiment_is_ragged_and_four_of_seven_clients_take_part():
@@ -230,7 +239,7 @@ def test_a_resume_moves_no_bit(name, model, tmp_path):
 def test_a_stack_equals_the_loop(name, model):
     assert tiny_config(*model).engine.path == "stack"
     stack, loop = run(name, *model)[2], run(name, *model, "engine.path=loop", "rounds=2")[-1]
-    assert_near(stack.shared, loop.shared, NEAR.get(name, 1e-5))
+    assert_near(*determined(name, model, stack, loop), NEAR.get(name, 1e-5))
     assert_near(stack.personal, loop.personal)
     assert stack.row["train_loss"] == pytest.approx(loop.row["train_loss"], rel=1e-5)
     assert np.array_equal(stack.clients["accuracy"], loop.clients["accuracy"])
@@ -279,7 +288,7 @@ def test_renumbering_the_clients_renumbers_the_results(name, model, monkeypatch)
     common = (*common, "data.partition.kind=renumbered", *KEPT, *WHOLE.get(name, ()))
     plain = run(name, *common)[-1]
     other = run(name, *common, f"data.partition.order={list(ORDER)}")[-1]
-    assert_near(plain.shared, other.shared, NEAR.get(name, 1e-5))
+    assert_near(*determined(name, model, plain, other), NEAR.get(name, 1e-5))
     assert_near({n: v[list(ORDER)] for n, v in plain.personal.items()}, other.personal)
     assert np.array_equal(plain.clients["accuracy"][list(ORDER)], other.clients["accuracy"])
     assert plain.row["train_loss"] == pytest.approx(other.row["train_loss"], rel=1e-5)
