@@ -196,7 +196,8 @@ class Model:
             ) from None
         if self.dtype is not None:
             module_leaves = {
-                place: self._stored(leaf_names[place], v) for place, v in module_leaves.items()
+                place: self._cast_parameter(leaf_names[place], v)
+                for place, v in module_leaves.items()
             }
             x = x.to(self.dtype) if x.is_floating_point() else x
         if effects == Effects():
@@ -205,7 +206,7 @@ class Model:
             result = effects.run_module(module, module_leaves, x, self.training)
         return result if self.dtype is None else result.float()
 
-    def _stored(self, leaf: str, value: Tensor) -> Tensor:
+    def _cast_parameter(self, leaf: str, value: Tensor) -> Tensor:
         """Return the value of a leaf in the type ``dtype``, if it is a parameter."""
         is_parameter = leaf in self.frozen_leaves or self.role(leaf) not in (None, "stats")
         return value.to(self.dtype) if is_parameter and value.dtype != self.dtype else value
