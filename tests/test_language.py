@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from causal import small_model
 from runs import assert_same_run, run_on_ranks
 from tiers import thorough_param
 
@@ -16,7 +17,6 @@ from fedlora_mpi.config.blocks import ConfigError
 from fedlora_mpi.core.batch import Batch
 from fedlora_mpi.core.losses import IGNORED, find_loss
 from fedlora_mpi.core.seeds import rng
-from fedlora_mpi.core.vision import import_torchvision
 from fedlora_mpi.data.datasets import Source, load
 from fedlora_mpi.data.language import Language
 from fedlora_mpi.data.texts import Text
@@ -339,27 +339,6 @@ def test_methods_train_a_language_model_alike_one_by_one_and_in_a_stack(name, te
 
 
 # Models of Hugging Face
-
-
-def small_model(folder: Path, family: str) -> Path:
-    import_torchvision()  # see there: transformers imports it
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-    if family == "gpt2":
-        config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, **sizes)
-    else:
-        config = transformers.LlamaConfig(
-            hidden_size=8,
-            intermediate_size=12,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=16,
-            **sizes,
-        )
-    torch.manual_seed(1)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / family)
-    return folder / family
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

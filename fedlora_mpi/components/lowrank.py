@@ -13,6 +13,7 @@ Other weights are read as follows:
                                 [O, 1, 3, 3] is the matrix [3 O, 3]
   transposed convolution        its weight is [I, O, K1, ...]; it is read like a convolution
                                 of this shape and transposed: [O K2 ..., I K1]
+  Conv1D of transformers        its weight is [I, O]; it is read as the Linear [O, I]
   other product, more sides     [d1, d2, d3, ...] is [d1, d2 d3 ...]
 
 At full rank every weight can be any matrix: Conv1d [8, 3, 5] is [8, 15], rank 8; Conv3d [4, 2, 3,
@@ -162,7 +163,7 @@ class LowRank:
 
     def _rank(self, leaf: Leaf) -> int:
         full = min(matrix_shape(leaf))
-        if leaf.matrix == "linear":
+        if leaf.is_linear:
             return (
                 int(self.linear_rank)
                 if self.rank_rule == "official"
@@ -180,7 +181,7 @@ class LowRank:
     def _scale(self, leaf: Leaf) -> float:
         if self.scale == "one":
             return 1.0
-        if leaf.matrix == "linear":
+        if leaf.is_linear:
             return 1 / self._rank(leaf)
         return 1 / max(1, int(self.conv_rank * _channels(leaf)[0]))
 
@@ -232,6 +233,8 @@ def match_weights(model: Model, patterns: Iterable[str], frozen: bool = False) -
             )
         rejections = [
             f"{n}: {model.why_no_matrix(n)}" for n in model.all_leaves if fnmatchcase(n, pattern)
+        ] + [
+            f"{n}: tied, name {first}" for n, first in model.ties.items() if fnmatchcase(n, pattern)
         ]
         explanation = f" that can be decomposed ({join_first(rejections)})" if rejections else ""
         raise ValueError(

@@ -42,7 +42,8 @@ OMIT_IF_DEFAULT = {
     "faults": tuple(blocks.config_fields(Faults)),
     "log": tuple(blocks.config_fields(Log)),
 }
-NETWORK_KEYS = ("weights", "head", "output", "dtype")  # of every network, beside its own options
+# of every network, beside its own options
+NETWORK_KEYS = ("weights", "adapter", "head", "output", "dtype")
 CHECKSUM_PREFIX = "# Checksum of what follows: "
 RESET_PREFIX = "# Hint: "
 

@@ -12,7 +12,8 @@ from .. import config as configs
 from ..aggregation.flat_layout import Layout
 from ..aggregation.topology import MixingMatrix, mixing_matrix
 from ..algorithm import Algorithm, LocalTraining, Transport, Variables, check_trainable
-from ..config import Config
+from ..components.lora import FineTuning
+from ..config import Config, Network
 from ..config.blocks import prefix_errors
 from ..core.losses import LOSSES, Loss, Targets, find_loss
 from ..core.names import display_name
@@ -71,6 +72,8 @@ def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
     with prefix_errors(source, "algorithm"):
         _check_targets(config, data)
     for network in config.model.mix:
+        with prefix_errors(source, "model"):
+            _check_adapter(config.algorithm, network)
         if network.name == "hf" and data.vocabulary and not config.data.source.text.tokenizer:
             reason = "network hf reads the tokens of its own tokenizer; give it"
             raise ValueError(f"{source}: data.text.tokenizer = null: {reason}")
@@ -81,6 +84,7 @@ def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
                 *builder_inputs,
                 positions=data.shape[0] if data.targets == "tokens" else 0,
                 weights=network.weights,
+                adapter=network.adapter,
                 head=network.head,
                 output=network.output,
                 dtype=network.dtype,
@@ -101,6 +105,15 @@ def _check_targets(config: Config, data: Data) -> None:
     if both := {*config.evaluate.metrics} & {*method.metrics}:
         raise ValueError(
             f"name = {name}: logs {min(both)} itself; leave it out of evaluate.metrics"
+        )
+
+
+def _check_adapter(method: Algorithm, network: Network) -> None:
+    """Raise ValueError if the network has an adapter from which the method would not start."""
+    if network.adapter is not None and not isinstance(method, FineTuning):
+        raise ValueError(
+            f"adapter = {network.adapter}: {configs.algorithm_name(method)} trains no low-rank "
+            "part beside frozen weights; leave it out, or choose a method such as fedit"
         )
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..core.seeds import isolate_rng
 from ..core.user_code import describe_error, import_object
-from . import huggingface
+from . import huggingface, peft_files
 from . import weights as files
 from .coupling import couples_examples
 from .gpt import GPT
@@ -226,6 +226,7 @@ def build(
     padding: int = 0,
     *,
     weights: str | None = None,
+    adapter: str | None = None,
     head: str | None = None,
     output: str | int | None = None,
     positions: int = 0,
@@ -236,11 +237,11 @@ def build(
     ``name`` is a key of BUILDERS, ``torchvision:<model>`` (any classification model), or
     ``module:callable``. The callable gets ``classes`` and ``shape`` (for texts also ``tokens``, and
     ``padding`` if it has that parameter) and returns an nn.Module. ``weights``: see
-    ``weights.find_file``; ``head``, ``output``, ``positions`` and ``dtype`` (torch's name): see
-    ``network.from_module``.
+    ``weights.find_file``; ``adapter``: see ``peft_files.load_adapter``; ``head``, ``output``,
+    ``positions`` and ``dtype`` (torch's name): see ``network.from_module``.
 
     Raises ValueError if there is no such model, if it refuses its options or inputs, if the weights
-    are missing or do not fit, or if it has no such head or output.
+    or the adapter are missing or do not fit, or if it has no such head or output.
     """
     with isolate_rng(seed, "model"):
         own = _own_options(name, {"head": head, "output": output})
@@ -261,14 +262,18 @@ def build(
         )
         if is_external(name) and not name.startswith("torchvision:"):
             model = replace(model, couples=couples_examples(model, seed))
-    if weights is None:
-        return model
-    try:
-        return files.load_weights(
-            model, files.read(*files.find_file(name, weights), keep_double=True)
-        )
-    except ValueError as error:
-        raise ValueError(f"weights = {weights}: {error}") from error
+    if weights is not None:
+        try:
+            tree = files.read(*files.find_file(name, weights), keep_double=True)
+            model = files.load_weights(model, tree)
+        except ValueError as error:
+            raise ValueError(f"weights = {weights}: {error}") from error
+    if adapter is not None:
+        try:
+            model = peft_files.load_adapter(model, adapter)
+        except ValueError as error:
+            raise ValueError(f"adapter = {adapter}: {error}") from error
+    return model
 
 
 def _own_options(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,7 +307,9 @@ class Origin(NamedTuple):
     files: tuple[Path, ...]
 
 
-def find_origins(name: str, options: Mapping, weights: str | None) -> list[Origin]:
+def find_origins(
+    name: str, options: Mapping, weights: str | None, adapter: str | None
+) -> list[Origin]:
     """Return the files that ``build`` reads for the same arguments."""
     origins = []
     if name == "hf":
@@ -311,6 +318,8 @@ def find_origins(name: str, options: Mapping, weights: str | None) -> list[Origi
         )
     if weights is not None:
         origins.append(Origin("weights", weights, (files.find_file(name, weights).path,)))
+    if adapter is not None:
+        origins.append(Origin("adapter", adapter, peft_files.required_files(adapter)))
     return origins
 
 
