@@ -137,10 +137,11 @@ def hugging_face(folder: Path, family: str, packed: bool):
     return zoo.build("hf", options, TOKENS, (LENGTH,), 1, TOKENS, positions=LENGTH, packed=packed)
 
 
-@pytest.fixture(params=["gpt", "gpt2", "llama"])
-def networks(request, tmp_path):
-    """The same network for single texts and for packed rows, and weights of both."""
-    make = gpt if request.param == "gpt" else partial(hugging_face, tmp_path, request.param)
+@pytest.fixture(scope="module", params=["gpt", "gpt2", "llama"])
+def networks(request, tmp_path_factory):
+    """The same network for single texts and for packed rows, and weights of both; only read."""
+    folder = tmp_path_factory.mktemp(request.param)
+    make = gpt if request.param == "gpt" else partial(hugging_face, folder, request.param)
     plain, packed = make(packed=False), make(packed=True)
     tree = {
         n: v + 0.2 * torch.randn(v.shape, generator=rng(1, n)) for n, v in plain.initial.items()
