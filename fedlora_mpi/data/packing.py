@@ -1,8 +1,9 @@
 """Put several short texts of a client into one input of a language model.
 
-A text is counted up to its last target; what follows would be padding. The texts of a client, of
-training and of test apart, go into rows of ``data.text.length`` tokens by first fit, the longest
-first and equally long ones in the order of the split. Nothing is drawn, and no text is divided.
+A text ends with its last target, because what follows predicts nothing. The texts of a client,
+training and test apart, go into rows of ``data.text.length`` tokens: each into the first row with
+room for it, the longest first, equally long ones in the order of the split. Nothing is drawn, and
+no text is divided.
 ``models.packing`` says how a network finds the texts of a row.
 """
 
