@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from ..core.losses import LOSSES
 from ..core.names import stored_names
 from ..core.paths import expand_home
 from ..data.partition import Split
@@ -238,7 +239,6 @@ class RunView:
         )
 
     def _network(self, number: int, block: "Network") -> "Model":
-        from ..core.losses import find_loss
         from ..models.zoo import build
 
         stored, config = self._files.partition(), self._parsed_config
@@ -246,11 +246,11 @@ class RunView:
         text_inputs = [int(stored.get(name, [0])[0]) for name in ("input_tokens", "input_padding")]
         outputs: Any = int(stored.get("outputs", self.partition.train_counts.shape[1:])[0])
         inputs = (outputs, shape, config.seed, *text_inputs)
-        predicts_tokens = find_loss(config.model.loss).targets == "tokens"
+        loss = LOSSES.get(config.model.loss)
         settings: dict[str, Any] = {
             "head": block.head,
             "output": block.output,
-            "positions": shape[0] if predicts_tokens else 0,
+            "positions": shape[0] if loss and loss.targets == "tokens" else 0,
             "dtype": block.dtype,
         }
         if all(file.is_file() for origin in block.origins for file in origin.files):

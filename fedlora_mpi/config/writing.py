@@ -90,6 +90,8 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         del tree["data"]["table"]
     if config.data.source.language == Language():
         del tree["data"]["language"]
+    elif not config.data.source.language.packing:
+        del tree["data"]["language"]["packing"]
     if config.privacy == Privacy():
         del tree["privacy"]
     if config.topology is None:

@@ -151,7 +151,9 @@ class Source:
     allow_pickle: bool = False  # "pfllib" only: its files are pickles
     path: str | None = None  # "npz" only: the file
     table: Table = Table()  # "table" only: the columns of its files
-    language: Language = Language()  # "text_lm" and "instruct" only: the keys of their lines
+    # "text_lm" and "instruct" only: the keys of their lines; packing is for all texts whose targets
+    # are tokens
+    language: Language = Language()
 
     def __post_init__(self) -> None:
         check_path("root", self.root)
@@ -161,7 +163,10 @@ class Source:
             raise ValueError(f"path = {self.path}: only dataset = npz has a path; leave it out")
         if self.table != Table() and self.dataset != "table":
             raise ValueError("table: only dataset = table has this block; leave it out")
-        if self.language != Language() and self.dataset not in LANGUAGE_DATASETS:
+        if self.language.packing and self.dataset not in (*LANGUAGE_DATASETS, *_TEXT_READERS):
+            raise ValueError("language.packing = true: only texts are packed; leave it out")
+        keys = replace(self.language, packing=False)
+        if keys != Language() and self.dataset not in LANGUAGE_DATASETS:
             raise ValueError(
                 "language: only dataset = text_lm or instruct has this block; leave it out"
             )
@@ -249,6 +254,11 @@ def load(source: Source, wanted: Targets | None = "classes") -> Data:
         )
     if wanted == "tokens":
         return _load_language(source)
+    if source.language.packing:
+        raise ValueError(
+            "language.packing = true: only texts that are learned token by token are packed; set "
+            "model.loss = next_token, or leave it out"
+        )
     if source.dataset in _TEXT_READERS:
         return _load_texts(source)
     if is_own:

@@ -20,6 +20,7 @@ from ..core.names import display_name
 from ..core.seeds import rng
 from ..data.datasets import Data, load
 from ..data.feed import Feed
+from ..data.packing import pack_texts
 from ..data.partition import Split
 from ..engine.compiled import StepCompiler, need_compiler
 from ..engine.graphs import GraphCache
@@ -88,6 +89,7 @@ def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
                 head=network.head,
                 output=network.output,
                 dtype=network.dtype,
+                packed=config.data.source.language.packing,
             )
             models.append(replace(model, loss=loss))
         with prefix_errors(source, "algorithm"), warnings.catch_warnings():
@@ -149,12 +151,20 @@ def split_data(config: Config, source: str, data: Data) -> Split:
         return partition.split(train_y, test_y, data.label_classes, **owners)
 
 
+def make_samples(config: Config, data: Data, split: Split) -> tuple[Data, Split]:
+    """The samples that a feed holds, and who has which: packed rows of texts if the config says so,
+    else ``data`` and ``split`` themselves.
+    """
+    return pack_texts(data, split) if config.data.source.language.packing else (data, split)
+
+
 class Parts(NamedTuple):
     """What a run is made of, whatever its engine."""
 
     data: Data
     models: tuple[Model, ...]
     split: Split
+    sample_split: Split  # of the samples that a feed holds, see ``make_samples``
     feed: Feed | None  # a server that hosts nobody keeps no images
     # the kinds of clients: number of the network, the method
     variants: Sequence[tuple[int, Transport]]
@@ -210,12 +220,13 @@ def make_parts(
     data = load_data(config, source)
     models = load_models(config, source, data)
     split = split_data(config, source, data)
+    samples, sample_split = make_samples(config, data, split)
     feed = None
     if hosts_clients:
         with prefix_errors(source, "data"):
             feed = Feed(
-                data,
-                split,
+                samples,
+                sample_split,
                 seed=config.seed,
                 shift=config.data.source.shift,
                 device=device,
@@ -254,6 +265,7 @@ def make_parts(
         data,
         models,
         split,
+        sample_split,
         feed,
         variants,
         kind_of,

@@ -2,6 +2,7 @@
 
 A builder with a parameter ``tokens`` is for texts: inputs are [B, L] token ids below ``tokens``.
 Its parameter ``padding`` receives the token id of padding; without this parameter it must be 0.
+A builder with a parameter ``packed`` can make networks for rows of several texts, see ``packing``.
 """
 
 import itertools
@@ -21,8 +22,9 @@ from ..core.user_code import describe_error, import_object
 from . import huggingface, peft_files
 from . import weights as files
 from .coupling import couples_examples
-from .gpt import GPT
+from .gpt import GPT, PackedGPT
 from .network import Model, from_module
+from .packing import check_packing
 from .resnet import ResNet
 from .transformer import Transformer
 from .vision_transformer import VisionTransformer
@@ -116,6 +118,7 @@ def gpt(
     shape: tuple[int, ...],
     tokens: int,
     padding: int = 0,
+    packed: bool = False,
     *,
     width: int = 64,
     heads: int = 4,
@@ -126,7 +129,7 @@ def gpt(
 ) -> nn.Module:
     """A causal Transformer that predicts the next token of texts of up to ``shape[0]`` tokens."""
     sizes = _encoder_sizes(width, heads, layers, feedforward, dropout)
-    return GPT(shape[0], classes, tied=tied, **sizes)
+    return (PackedGPT if packed else GPT)(shape[0], classes, tied=tied, **sizes)
 
 
 def _encoder_sizes(
@@ -151,6 +154,7 @@ def hf(
     padding: int,
     positions: int = 0,
     dtype: str | None = None,
+    packed: bool = False,
     *,
     folder: str,
 ) -> nn.Module:
@@ -162,7 +166,7 @@ def hf(
     """
     kind = getattr(torch, dtype or "float32")
     if positions:
-        return huggingface.load_causal(folder, shape[0], tokens, kind)
+        return huggingface.load_causal(folder, shape[0], tokens, kind, packed)
     return huggingface.load_classifier(folder, classes, shape[0], tokens, padding, kind)
 
 
@@ -231,6 +235,7 @@ def build(
     output: str | int | None = None,
     positions: int = 0,
     dtype: str | None = None,
+    packed: bool = False,
 ) -> Model:
     """Return the model ``name`` with initial weights drawn from ``seed``, or read from ``weights``.
 
@@ -238,15 +243,19 @@ def build(
     ``module:callable``. The callable gets ``classes`` and ``shape`` (for texts also ``tokens``, and
     ``padding`` if it has that parameter) and returns an nn.Module. ``weights``: see
     ``weights.find_file``; ``adapter``: see ``peft_files.load_adapter``; ``head``, ``output``,
-    ``positions`` and ``dtype`` (torch's name): see ``network.from_module``.
+    ``positions`` and ``dtype`` (torch's name): see ``network.from_module``; ``packed``: whether an
+    input is a row of several texts.
 
     Raises ValueError if there is no such model, if it refuses its options or inputs, if the weights
-    or the adapter are missing or do not fit, or if it has no such head or output.
+    or the adapter are missing or do not fit, if it has no such head or output, or if it cannot read
+    several texts in a row.
     """
     with isolate_rng(seed, "model"):
         own = _own_options(name, {"head": head, "output": output})
-        place = {"positions": positions, "dtype": dtype} if name == "hf" else {}
-        module = _build_module(name, {**options, **own, **place}, classes, shape, tokens, padding)
+        inputs = {"positions": positions, "dtype": dtype} if name == "hf" else {}
+        module = _build_module(
+            name, {**options, **own, **inputs}, classes, shape, tokens, padding, packed
+        )
         head = None if "head" in own else head
         output = None if "output" in own else output
         model = from_module(
@@ -262,6 +271,11 @@ def build(
         )
         if is_external(name) and not name.startswith("torchvision:"):
             model = replace(model, couples=couples_examples(model, seed))
+    if packed:
+        try:
+            check_packing(partial(model.eval_mode(), model.initial), tokens, shape[0])
+        except ValueError as error:
+            raise ValueError(f"name = {name}: {error}") from error
     if weights is not None:
         try:
             tree = files.read(*files.find_file(name, weights), keep_double=True)
@@ -324,11 +338,22 @@ def find_origins(
 
 
 def _build_module(
-    name: str, options: dict, classes: int, shape: tuple[int, ...], tokens: int, padding: int
+    name: str,
+    options: dict,
+    classes: int,
+    shape: tuple[int, ...],
+    tokens: int,
+    padding: int,
+    packed: bool,
 ) -> nn.Module:
     try:
         builder = _builder(name)
-        arguments = {"classes": classes, "shape": shape}
+        arguments: dict[str, Any] = {"classes": classes, "shape": shape}
+        if packed and not _has_parameter(builder, "packed"):
+            raise ValueError(
+                "it reads one text at a time; set data.language.packing = false, or name gpt or hf"
+            )
+        arguments |= {"packed": True} if packed else {}
         if _has_parameter(builder, "tokens") != (tokens > 0):
             inputs = "images" if len(shape) == 3 else "numbers"
             kinds = ("images", "texts") if tokens else ("texts", inputs)
