@@ -131,6 +131,13 @@ def together(name: str, model: tuple[str, ...]):
     return run(name, *model, "participation=1.0", "rounds=6", ONE_STACK, *settings.get(name, ()))
 
 
+def determined_rounds(name: str, model: tuple[str, ...]) -> int:
+    """How many rounds two orders of the same sums agree: clients train from the factors that
+    ``determined`` leaves out, so in a language model not after the first decomposition.
+    """
+    return 1 if name in NEAR and model == GPT else 2
+
+
 def determined(name: str, model: tuple[str, ...], *moments: RoundSnapshot) -> list[dict]:
     """The shared leaves of each moment. In a language model many singular values are so small that
     rounding turns their vectors: the factors made of them are left out, W is not.
@@ -238,7 +245,9 @@ def test_a_resume_moves_no_bit(name, model, tmp_path):
 @all_models
 def test_a_stack_equals_the_loop(name, model):
     assert tiny_config(*model).engine.path == "stack"
-    stack, loop = run(name, *model)[2], run(name, *model, "engine.path=loop", "rounds=2")[-1]
+    rounds = determined_rounds(name, model)
+    stack = run(name, *model)[rounds]
+    loop = run(name, *model, "engine.path=loop", f"rounds={rounds}")[-1]
     assert_near(*determined(name, model, stack, loop), NEAR.get(name, 1e-5))
     assert_near(stack.personal, loop.personal)
     assert stack.row["train_loss"] == pytest.approx(loop.row["train_loss"], rel=1e-5)
@@ -284,8 +293,14 @@ def test_renumbering_the_clients_renumbers_the_results(name, model, monkeypatch)
     # One batch an epoch and the whole cohort: nothing is left that randomness, keyed by client,
     # could choose.
     monkeypatch.setitem(PARTITIONS, "renumbered", Renumbered)
-    common = (*model, "participation=1.0", "train.batch_size=200", "rounds=2", ONE_STACK)
-    common = (*common, "data.partition.kind=renumbered", *KEPT, *WHOLE.get(name, ()))
+    common = (*model, "participation=1.0", "train.batch_size=200", ONE_STACK)
+    common = (
+        *common,
+        f"rounds={determined_rounds(name, model)}",
+        "data.partition.kind=renumbered",
+        *KEPT,
+        *WHOLE.get(name, ()),
+    )
     plain = run(name, *common)[-1]
     other = run(name, *common, f"data.partition.order={list(ORDER)}")[-1]
     assert_near(*determined(name, model, plain, other), NEAR.get(name, 1e-5))
