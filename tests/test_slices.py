@@ -135,8 +135,9 @@ def attention_by_hand(layer, x, factors, s):
     return layer.out_proj(z)
 
 
-def test_lora_on_q_and_v_of_torchvision_is_the_sliced_computation(model):
-    method = FedIT(layers=QV, lora_ranks=(3,), alpha=1.5)
+@pytest.mark.parametrize("merge", [True, False])
+def test_lora_on_q_and_v_of_torchvision_is_the_sliced_computation(model, merge):
+    method = FedIT(layers=QV, lora_ranks=(3,), alpha=1.5, merge=merge)
     v = factors_of(method, model)
     theirs = torchvision_vit().eval()
     theirs.load_state_dict(model.initial)

@@ -46,6 +46,7 @@ from ...core.bounds import bounded
 from ...core.names import factor_name, factors_by_weight, is_factor, weight_of
 from ...core.tree import Tree, numel
 from ...models.network import Model
+from ...models.unmerged import UnmergedWeight
 from ..lowrank import as_updates, kaiming_uniform, match_weights, matrix_shape
 from . import diagnosis
 
@@ -93,6 +94,10 @@ class FineTuning(Algorithm):
     full: tuple[Role, ...] = ("head",)
     # whose model is evaluated on a client's test data; default: our choice, as other methods
     judged: Literal["client", "server"] = "client"
+    # whether a layer forms W_0 + W + s B A and multiplies by it, or adds W_0 x, W x and s B (A x),
+    # which needs no gradient of the size of W_0: less memory for each client of a large Linear,
+    # more time for small ones, other last bits; default: our choice, for networks of one GPU's size
+    merge: bool = True
     # whether the log has four more numbers, at the cost of two dense matrices of each decomposed
     # weight in a message; default: our choice, for the cost
     diagnose: bool = False
@@ -237,11 +242,30 @@ class FineTuning(Algorithm):
 
     def client_model(self, model: Model, v: Variables) -> Tree:
         full, tree = {n: w for n, w in v.shared.items() if n in model.leaves}, model.all_values
-        updates = as_updates(self.delta(v.shared), model)
+        unmerged = {} if self.merge else self._unmerged_weights(model, v.shared)
+        merged = {
+            n: u
+            for n, u in v.shared.items()
+            if not (is_factor(n, "ABW") and weight_of(n) in unmerged)
+        }
+        updates = as_updates(self.delta(merged), model)
         rounded_updates = {
             n: d.to(tree[n].dtype) for n, d in updates.items() if tree[n].dtype.itemsize < 4
         }
-        return tree | full | {n: tree[n] + d for n, d in (updates | rounded_updates).items()}
+        weights = {n: tree[n] + d for n, d in (updates | rounded_updates).items()}
+        return tree | full | weights | unmerged
+
+    def _unmerged_weights(self, model: Model, shared: Tree) -> Tree:
+        """Return {weight: W_0 + W + s B A, not formed} of the weights of Linears and the like.
+
+        A weight of which only slices have factors is none of them: torch's attention forms it.
+        """
+        tree, (factors, W) = model.all_values, self.update_parts(shared)
+        return {
+            n: UnmergedWeight(tree[n], W.get(n), factors[factor_name(n, "A")], B, self.s)
+            for n, B in factors_by_weight(factors, "B").items()
+            if n in tree and model.leaf(n).matrix == "linear" and tree[n].dim() == 2
+        }
 
     def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
         network = model if "norm" in self.full or not model.training else model.fixed_norm_model
@@ -270,13 +294,20 @@ class FineTuning(Algorithm):
             for n, B in factors_by_weight(tree, "B").items()
         }
 
-    def delta(self, shared: Tree) -> Tree:
-        """Return {weight: its update W + s B A}, each [out side, in side].
+    def update_parts(self, shared: Tree) -> tuple[Tree, Tree]:
+        """Return the variables of which the factors count, and {weight: W}: the parts of an update.
 
         shared: the shared variables of a client or of the server.
         """
-        W = dense_updates(shared)
-        return W | {n: W[n] + p if n in W else p for n, p in self.factor_products(shared).items()}
+        return shared, dense_updates(shared)
+
+    def delta(self, shared: Tree) -> Tree:
+        """Return {weight: its update W + s B A}, each [out side, in side].
+
+        shared: as in ``update_parts``.
+        """
+        factors, W = self.update_parts(shared)
+        return W | {n: W[n] + p if n in W else p for n, p in self.factor_products(factors).items()}
 
     # The server.
 

@@ -40,9 +40,10 @@ class RedistributedTuning(FineTuning):
         client_leaves = super().receive({n: v for n, v in shared.items() if not is_factor(n, "W")})
         return {n: v / self.s if is_factor(n, "B") else v for n, v in client_leaves.items()}
 
-    def delta(self, shared: Tree) -> Tree:
-        """Return W on the server, and s B A on a client."""
-        return dense_updates(shared) or super().delta(shared)
+    def update_parts(self, shared: Tree) -> tuple[Tree, Tree]:
+        """Return W alone on the server, and the factors alone on a client."""
+        W = dense_updates(shared)
+        return ({}, W) if W else (shared, {})
 
     def mean_terms(self, upload: Tree, shared: Tree) -> Tree:
         return self.products_as_updates(upload)
