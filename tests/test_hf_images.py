@@ -1,0 +1,153 @@
+"""Image classifiers of Hugging Face as networks. Skipped without transformers."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import TINY
+from torch.func import vmap
+
+from fedlora_mpi.algorithms.fedit import FedIT
+from fedlora_mpi.analysis.run_view import open_run
+from fedlora_mpi.core.seeds import isolate_rng, rng
+from fedlora_mpi.core.vision import import_torchvision
+from fedlora_mpi.models import zoo
+
+import_torchvision()  # see there: transformers imports it
+transformers = pytest.importorskip("transformers")
+
+CLASSES, SHAPE = 4, (1, 8, 8)
+QV = ("*.query.weight", "*.value.weight", "*.q_proj.weight", "*.v_proj.weight")  # of any version
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a tiny random ViT for images of 8 x 8 pixels and four classes."""
+    config = transformers.ViTConfig(
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=CLASSES,
+        initializer_range=0.3,
+    )
+    path = tmp_path_factory.mktemp("vit")
+    with isolate_rng(7, "vit"):
+        transformers.ViTForImageClassification(config).save_pretrained(path)
+    return path
+
+
+def network(folder, classes=CLASSES, shape=SHAPE, seed=1, **options):
+    return zoo.build("hf", {"folder": str(folder), **options}, classes, shape, seed)
+
+
+def plain(folder):
+    """The model as transformers itself loads it."""
+    return transformers.ViTForImageClassification.from_pretrained(
+        folder, local_files_only=True
+    ).eval()
+
+
+def images(*shape):
+    return torch.randn(*shape, generator=rng(1, "images", *shape))
+
+
+def qv_of(model):
+    """The patterns of ``QV`` that this version of transformers has."""
+    return tuple(p for p in QV if any(n.endswith(p[1:]) for n in model.leaves))
+
+
+def test_the_logits_are_those_of_transformers(folder):
+    model, x = network(folder).eval_mode(), images(5, *SHAPE)
+    with torch.no_grad():
+        theirs = plain(folder)(pixel_values=x).logits
+    torch.testing.assert_close(model(model.initial, x), theirs, rtol=1e-5, atol=1e-5)
+    assert theirs.std() > 0.1
+    assert model.head == "model.classifier" and model.ends_in_linear and not model.couples
+
+
+def test_images_are_enlarged_on_request(folder):
+    model, x = network(folder, shape=(1, 4, 6), resize=True).eval_mode(), images(5, 1, 4, 6)
+    with torch.no_grad():
+        large = F.interpolate(x, (8, 8), mode="bilinear")
+        theirs = plain(folder)(pixel_values=large).logits
+    torch.testing.assert_close(model(model.initial, x), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stack_is_the_network_of_each_client(folder):
+    model = network(folder, shape=(1, 4, 4), resize=True)
+    trees = {n: v + 0.1 * images(3, *v.shape) for n, v in model.initial.items()}
+    x = images(3, 5, 1, 4, 4)
+    looped = [model({n: v[c] for n, v in trees.items()}, x[c]) for c in range(3)]
+    torch.testing.assert_close(vmap(model)(trees, x), torch.stack(looped), rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_of_other_classes_is_new(folder):
+    model, other = network(folder, 7), network(folder, 7, seed=2)
+    theirs = plain(folder).state_dict()
+    for name, value in model.initial.items():
+        if model.role(name) == "head":
+            assert name.endswith("bias") or not torch.equal(value, other.initial[name])
+        else:
+            assert torch.equal(value, theirs[name.removeprefix("model.")])
+
+
+def test_lora_on_q_and_v(folder):
+    model = network(folder)
+    method = FedIT(layers=qv_of(model), lora_ranks=(2,))
+    assert list(method.adapted_shapes(model).values()) == [(12, 12)] * 4
+    assert model.fused == {}  # q, k and v are Linears of their own
+
+
+@pytest.mark.parametrize(
+    "shape, options, message",
+    [
+        (
+            (1, 4, 4),
+            {},
+            r"folder = .*: refuses images of 1 x 4 x 4: .*; resize: true enlarges images to the "
+            "size that it reads$",
+        ),
+        ((3, 8, 8), {"resize": True}, "folder = .*: refuses images of 3 x 8 x 8: .*channel"),
+        ((8,), {}, "it is for images, an input of the data has the shape"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(folder, shape, options, message):
+    with pytest.raises(ValueError, match=f"^name = hf: cannot be built: {message}") as error:
+        network(folder, shape=shape, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_of_texts_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    message = "transformers cannot read it: it has no image classifier of the kind bert$"
+    with pytest.raises(ValueError, match=message):
+        network(tmp_path / "config.json")
+
+
+def test_a_missing_layer_is_refused(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="does not fit config.json: vit.* and [0-9]+ more$"):
+        network(tmp_path)
+
+
+def test_a_run_trains_q_and_v_and_the_head(folder, call):
+    names = qv_of(network(folder))
+    layers = ", ".join(f'"{name}"' for name in names)
+    how = f"model={{name: hf, folder: {folder}}}", "algorithm=fedhl", f"algorithm.layers=[{layers}]"
+    code, *_ = call("run", TINY, *how, "rounds=1", "train.epochs=1", "output=run")
+    assert code == 0
+    client = open_run("run").client(0)
+    before = client.network.initial
+    changed = {n for n, w in client.weights.items() if not torch.equal(before[n], torch.tensor(w))}
+    assert changed == {
+        n
+        for n in before
+        if n.startswith("model.classifier") or n.endswith(tuple(p[1:] for p in names))
+    }
