@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import TINY
+from runs import TESTS, TINY
 from torch.func import vmap
 
+from fedlora_mpi import config as configs
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.analysis.run_view import open_run
 from fedlora_mpi.core.seeds import isolate_rng, rng
@@ -18,7 +19,8 @@ import_torchvision()  # see there: transformers imports it
 transformers = pytest.importorskip("transformers")
 
 CLASSES, SHAPE = 4, (1, 8, 8)
-QV = ("*.query.weight", "*.value.weight", "*.q_proj.weight", "*.v_proj.weight")  # of any version
+CONFIG = TESTS.parent / "configs" / "vit_cifar100.yaml"
+QV = ("*attention*.q*.weight", "*attention*.v*.weight")
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +56,6 @@ def plain(folder):
 
 def images(*shape):
     return torch.randn(*shape, generator=rng(1, "images", *shape))
-
-
-def qv_of(model):
-    """The patterns of ``QV`` that this version of transformers has."""
-    return tuple(p for p in QV if any(n.endswith(p[1:]) for n in model.leaves))
 
 
 def test_the_logits_are_those_of_transformers(folder):
@@ -98,8 +95,8 @@ def test_a_head_of_other_classes_is_new(folder):
 
 def test_lora_on_q_and_v(folder):
     model = network(folder)
-    method = FedIT(layers=qv_of(model), lora_ranks=(2,))
-    assert list(method.adapted_shapes(model).values()) == [(12, 12)] * 4
+    shapes = FedIT(layers=QV).adapted_shapes(model)
+    assert list(shapes.values()) == [(12, 12)] * 4 and not any("k_proj" in n for n in shapes)
     assert model.fused == {}  # q, k and v are Linears of their own
 
 
@@ -138,16 +135,21 @@ def test_a_missing_layer_is_refused(folder, tmp_path):
 
 
 def test_a_run_trains_q_and_v_and_the_head(folder, call):
-    names = qv_of(network(folder))
-    layers = ", ".join(f'"{name}"' for name in names)
+    layers = ", ".join(f'"{pattern}"' for pattern in QV)
     how = f"model={{name: hf, folder: {folder}}}", "algorithm=fedhl", f"algorithm.layers=[{layers}]"
     code, *_ = call("run", TINY, *how, "rounds=1", "train.epochs=1", "output=run")
     assert code == 0
     client = open_run("run").client(0)
     before = client.network.initial
     changed = {n for n, w in client.weights.items() if not torch.equal(before[n], torch.tensor(w))}
-    assert changed == {
-        n
-        for n in before
-        if n.startswith("model.classifier") or n.endswith(tuple(p[1:] for p in names))
-    }
+    adapted = {*FedIT(layers=QV).adapted_shapes(client.network)}
+    assert changed == {"model.classifier.weight", "model.classifier.bias", *adapted}
+
+
+def test_the_config_of_the_repository_adapts_q_and_v(folder):
+    config = configs.read(CONFIG, [f"model.folder={folder}"])
+    (block,) = config.model.mix
+    model = network(shape=(1, 4, 4), **block.options)
+    assert len(config.algorithm.adapted_shapes(model)) == 4
+    assert (config.algorithm.layers, config.participation) == (QV, 0.1)
+    assert config.data.partition.clients == 100
