@@ -75,6 +75,18 @@ def test_images_are_enlarged_on_request(folder):
     torch.testing.assert_close(model(model.initial, x), theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_it_may_be_stored_in_bfloat16(folder):
+    def logits(**options):
+        model = zoo.build(
+            "hf", {"folder": str(folder), "resize": True}, CLASSES, (1, 4, 4), 1, **options
+        )
+        return model.eval_mode()(model.initial, images(5, 1, 4, 4))
+
+    short, long = logits(dtype="bfloat16"), logits()
+    assert short.dtype == torch.float32 and not torch.equal(short, long)
+    torch.testing.assert_close(short, long, rtol=0, atol=0.1)
+
+
 def test_a_stack_is_the_network_of_each_client(folder):
     model = network(folder, shape=(1, 4, 4), resize=True)
     trees = {n: v + 0.1 * images(3, *v.shape) for n, v in model.initial.items()}

@@ -13,6 +13,8 @@ from torch.func import functional_call, vmap
 
 from fedlora_mpi.algorithms import algorithm_names, find_algorithm
 from fedlora_mpi.components.lora import FineTuning
+from fedlora_mpi.config.blocks import to_plain
+from fedlora_mpi.config.former import restore_former_block
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.models.unmerged import UnmergedWeight
 
@@ -164,3 +166,10 @@ def test_ranks_do_not_matter(name):
     for ranks in (2, 3):
         for moments in run_rounds(*settings, ranks=ranks):
             assert snapshots_equal(whole, moments[-1])
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_key_leaves_the_digests_of_former_configs_alone(name):
+    block = {"name": name} | to_plain(find_algorithm(name)())
+    assert block["merge"] is True and "merge" not in restore_former_block(block)
+    assert "merge" in restore_former_block(block | {"merge": False})

@@ -48,6 +48,8 @@ class Network:
     weights: str | None = None  # None: initial weights drawn from the seed
     head: str | None = None  # the module that is the head; None: found by a forward pass
     output: str | int | None = None  # the field of the logits; None: the output or its clear field
+    # the type in which parameters are stored and passes compute; None: that of the network, float32
+    dtype: Literal["bfloat16"] | None = None
 
     @property
     def origins(self) -> list[zoo.Origin]:

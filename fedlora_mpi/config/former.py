@@ -12,9 +12,26 @@ RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
 }
 # {method: {key: value}}: a recorded config without the key is of a run that began before the key
 # existed, and this value is what that run does.
+_TUNING_METHODS = (
+    "aggregation_broadcast",
+    "fed_rac_lora",
+    "fed_talora",
+    "fedex_lora",
+    "fedhl",
+    "fedit",
+    "fedsa_lora",
+    "ffa_lora",
+    "flexlora",
+    "flora",
+    "hetlora",
+    "raflora",
+    "rolora",
+)
+_TUNING_VALUES = {"merge": True}
 VALUES_BEFORE_KEYS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(_TUNING_METHODS, _TUNING_VALUES),
     "fedamp": {"cloud_alpha": "previous"},
-    "fedhl": {"tau": 0.3},
+    "fedhl": {"tau": 0.3} | _TUNING_VALUES,
 }
 
 

@@ -37,12 +37,12 @@ FREE_ON_RESUME = (
 # Keys (of a block, or all keys of it) that are written only if they differ from the default. So
 # the digest of a config without them is the same as before these keys existed.
 OMIT_IF_DEFAULT = {
-    "engine": ("compile", "personal", "graphs", "convolutions"),
+    "engine": ("compile", "personal", "graphs", "convolutions", "gradient_checkpointing"),
     "evaluate": ("clients", "metrics"),
     "faults": tuple(blocks.config_fields(Faults)),
     "log": tuple(blocks.config_fields(Log)),
 }
-NETWORK_KEYS = ("weights", "head", "output")  # of every network, beside its own options
+NETWORK_KEYS = ("weights", "head", "output", "dtype")  # of every network, beside its own options
 CHECKSUM_PREFIX = "# Checksum of what follows: "
 RESET_PREFIX = "# Hint: "
 

@@ -81,6 +81,7 @@ def choose_path(
     if path == "auto":
         small = model.flops * batch_size < _STACK_MAX_FLOP
         path = "stack" if small or device == "cuda" else "loop"
+        path = "loop" if engine.gradient_checkpointing else path
     size = engine.group_size
     if size == "auto":
         max_stack = (

@@ -31,6 +31,10 @@ class Engine:
 
     convolutions: of a stack, as ``grouped`` convolutions or as batched matrix ``products``.
 
+    gradient_checkpointing: whether training keeps the inputs of a network's blocks alone and
+    computes the blocks again for their gradients: less memory, more time, the same numbers. Clients
+    then train one by one.
+
     precision: of matrix products and convolutions on a GPU (tf32), or of the forward passes of
     training (bf16; weights stay float32, see ``half.py``).
     """
@@ -44,10 +48,17 @@ class Engine:
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     personal: Literal["memory", "disk"] = "memory"
     convolutions: Literal["grouped", "products"] = "grouped"
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.group_size != "auto" and self.group_size < 1:
             raise ValueError(
                 f"group_size = {self.group_size}: must be an integer of at least 1, or auto"
+            )
+        if self.gradient_checkpointing and (self.path not in ("auto", "loop") or self.compile):
+            key, value = ("compile", "true") if self.compile else ("path", self.path)
+            raise ValueError(
+                f"{key} = {value}: with gradient_checkpointing clients train one by one and are "
+                "not compiled; leave the key out"
             )
         bounded(self, threads="[1, inf)")

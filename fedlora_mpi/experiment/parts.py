@@ -25,8 +25,10 @@ from ..engine.graphs import GraphCache
 from ..engine.metrics import check_metrics
 from ..engine.settings import Engine
 from ..engine.train import ClientFeed, Trainer
+from ..engine.walk import tmap_vars
 from ..federation.clients import ClientType
 from ..models.network import Model
+from ..models.recomputing import recompute_blocks
 from ..models.zoo import build as build_model
 from ..models.zoo import is_external
 from ..store.sinks import import_tensorboard
@@ -81,6 +83,7 @@ def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
                 weights=network.weights,
                 head=network.head,
                 output=network.output,
+                dtype=network.dtype,
             )
             models.append(replace(model, loss=loss))
         with prefix_errors(source, "algorithm"), warnings.catch_warnings():
@@ -157,6 +160,8 @@ class Parts(NamedTuple):
             else [""]
         )
         networks, stacked = [model.to(self.device) for model in self.models], engine.path == "stack"
+        if engine.gradient_checkpointing:
+            networks = [recompute_blocks(model) for model in networks]
         make_compiler = StepCompiler if engine.compile else lambda: None
         uses_graphs = self.device.type == "cuda" if engine.graphs == "auto" else engine.graphs
         make_graphs = (lambda: GraphCache(self.device)) if uses_graphs else lambda: None
@@ -223,9 +228,12 @@ def make_parts(
     if config.topology:
         with prefix_errors(source, "topology"):
             matrix = mixing_matrix(config.topology, config.data.partition.clients)
-    if config.engine.compile:
-        with prefix_errors(source, "engine"):
+    with prefix_errors(source, "engine"):
+        if config.engine.compile:
             need_compiler()
+        if config.engine.gradient_checkpointing:
+            for model in models:
+                recompute_blocks(model)
     if config.log.tensorboard:
         with prefix_errors(source, "log"):
             import_tensorboard()
@@ -292,7 +300,9 @@ def _initial_variables(
     networks = [config.model.mix[network].name for network, _ in variants]
 
     def initialize(method, model):
-        return method.init(model, rng(config.seed, "init"))
+        initial = method.init(model, rng(config.seed, "init"))
+        # clients train float32 copies of parameters that are stored in fewer bits
+        return tmap_vars(lambda v: v.float() if v.dtype == model.dtype else v, initial)
 
     initial_variables = [
         Variables(

@@ -40,8 +40,9 @@ class HuggingFace(nn.Module):
         """Return logits [B, classes] of token ids x [B, L]. Padding is masked."""
         # This is added to the attention scores. With a 0/1 mask, transformers would test whether it
         # hides anything, which vmap over clients does not allow.
-        attention_bias = torch.zeros(x.shape, device=x.device).masked_fill(
-            x == self.padding, torch.finfo(torch.float32).min
+        dtype = self.model.dtype
+        attention_bias = torch.zeros(x.shape, dtype=dtype, device=x.device).masked_fill(
+            x == self.padding, torch.finfo(dtype).min
         )
         return self.model(
             input_ids=x, attention_mask=attention_bias[:, None, None]
@@ -93,8 +94,9 @@ class CausalHuggingFace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of the next token [B, L, tokens] of token ids x [B, L]."""
-        length = x.shape[1]
-        future = torch.full((length, length), torch.finfo(torch.float32).min, device=x.device)
+        length, dtype = x.shape[1], self.model.dtype
+        shape = length, length
+        future = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=x.device)
         # added to the attention scores, see ``HuggingFace``
         attention_bias = future.triu(1).expand(len(x), 1, length, length)
         logits = self.model(input_ids=x, attention_mask=attention_bias, use_cache=False).logits
@@ -106,15 +108,17 @@ class CausalHuggingFace(nn.Module):
         return False
 
 
-def load_causal(folder: str, length: int, tokens: int) -> CausalHuggingFace:
-    """Return the float32 language model in ``folder`` for texts of ``length`` token ids below
-    ``tokens``.
+def load_causal(
+    folder: str, length: int, tokens: int, dtype: torch.dtype = torch.float32
+) -> CausalHuggingFace:
+    """Return the language model in ``folder`` for texts of ``length`` token ids below ``tokens``,
+    with parameters of type ``dtype``.
 
     The network is drawn from torch's global generator if ``folder`` is a config.json alone. Raises
     ValueError if a weight is missing or does not fit, if the model has fewer tokens, if it refuses
     texts of this length, or if it is not causal.
     """
-    model, report = _load(folder, "MODEL_FOR_CAUSAL_LM_MAPPING", "causal language model", {})
+    model, report = _load(folder, "MODEL_FOR_CAUSAL_LM_MAPPING", "causal language model", {}, dtype)
     if unfit := sorted({*report["missing_keys"], *(n for n, *_ in report["mismatched_keys"])}):
         others = f", and {len(unfit) - 1} more" if len(unfit) > 1 else ""
         raise ValueError(
@@ -138,9 +142,15 @@ def load_causal(folder: str, length: int, tokens: int) -> CausalHuggingFace:
 
 
 def load_classifier(
-    folder: str, classes: int, length: int, tokens: int, padding: int
+    folder: str,
+    classes: int,
+    length: int,
+    tokens: int,
+    padding: int,
+    dtype: torch.dtype = torch.float32,
 ) -> HuggingFace:
-    """Return the float32 model in ``folder`` for texts of ``length`` token ids below ``tokens``.
+    """Return the model in ``folder`` for texts of ``length`` token ids below ``tokens``, with
+    parameters of type ``dtype``.
 
     The classifier is drawn from torch's global generator if the folder has none or one for another
     number of classes. So is a missing pooler, and the whole network if ``folder`` is a config.json
@@ -153,6 +163,7 @@ def load_classifier(
             classes,
             "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
             "sequence classifier",
+            dtype,
         )
     )
     config = module.model.config
@@ -172,16 +183,16 @@ def load_classifier(
 
 
 def load_image_classifier(
-    folder: str, classes: int, shape: tuple[int, ...], resize: bool
+    folder: str, classes: int, shape: tuple[int, ...], dtype: torch.dtype, resize: bool
 ) -> ImageHuggingFace:
-    """Return the float32 model in ``folder`` for images of ``shape`` [ch, H, W].
+    """Return the model in ``folder``, of this type, for images of ``shape`` [ch, H, W].
 
     ``resize``: images are enlarged to the size that the model reads. The classifier is drawn as in
     ``load_classifier``. Raises ValueError if any other weight does not fit, or if the model refuses
     such images.
     """
     model, fresh = _load_checked(
-        folder, classes, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "image classifier"
+        folder, classes, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "image classifier", dtype
     )
     size = getattr(model.config, "image_size", None)
     height_and_width = (size, size) if isinstance(size, int) else tuple(size or ())
@@ -192,7 +203,7 @@ def load_image_classifier(
     module = ImageHuggingFace(model, fresh, height_and_width if resize else None)
     with torch.no_grad():
         try:
-            module.eval()(torch.zeros(1, *shape))
+            module.eval()(torch.zeros(1, *shape, dtype=dtype))
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             way_out = "; resize: true enlarges images to the size that it reads"
             raise ValueError(
@@ -231,7 +242,7 @@ def required_files(folder: str) -> tuple[Path, ...]:
 
 
 def _load(
-    folder: str, mapping: str, kind: str, settings: dict[str, Any]
+    folder: str, mapping: str, kind: str, settings: dict[str, Any], dtype: torch.dtype
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network with the weights of the folder, and the loading report.
 
@@ -248,12 +259,12 @@ def _load(
             )
     library = _import_transformers()
     try:
-        tree = {n: v for part in parts for n, v in weights.read(part).items()}
+        tree = {n: v for part in parts for n, v in weights.read(part, dtype=dtype).items()}
     except ValueError as error:
         raise ValueError(f"folder = {folder}: {error}") from error
     try:
         with _silence_library(library):
-            model, report = _build_model(library, config_file, mapping, kind, settings, tree)
+            model, report = _build_model(library, config_file, mapping, kind, settings, tree, dtype)
     except Exception as error:  # transformers and json raise many types
         raise ValueError(
             f"folder = {folder}: transformers cannot read it: {' '.join(str(error).split())}"
@@ -262,14 +273,14 @@ def _load(
 
 
 def _load_checked(
-    folder: str, classes: int, mapping: str, kind: str
+    folder: str, classes: int, mapping: str, kind: str, dtype: torch.dtype
 ) -> tuple[nn.Module, frozenset[str]]:
     """Return the classifier with the weights of the folder, and the names of those that are not in
     it.
 
-    mapping, kind: as in ``_load``. Raises ValueError if the weights do not fit.
+    mapping, kind, dtype: as in ``_load``. Raises ValueError if the weights do not fit.
     """
-    model, report = _load(folder, mapping, kind, {"num_labels": classes})
+    model, report = _load(folder, mapping, kind, {"num_labels": classes}, dtype)
     missing, mismatched = (
         set(report["missing_keys"]),
         {name for name, *_ in report["mismatched_keys"]},
@@ -286,7 +297,13 @@ def _load_checked(
 
 
 def _build_model(
-    library, config_file: Path, mapping: str, kind: str, settings: dict[str, Any], tree: Tree
+    library,
+    config_file: Path,
+    mapping: str,
+    kind: str,
+    settings: dict[str, Any],
+    tree: Tree,
+    dtype: torch.dtype,
 ) -> tuple[nn.Module, dict]:
     """Return the network of a config.json with the weights ``tree``, and the loading report."""
     config = library.AutoConfig.from_pretrained(
@@ -300,7 +317,7 @@ def _build_model(
         config=config,
         state_dict=tree,
         attn_implementation="eager",  # vmap and the FLOP counter support its plain products
-        dtype=torch.float32,
+        dtype=dtype,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
@@ -318,7 +335,7 @@ def _check_causal(module: CausalHuggingFace, folder: str, length: int) -> None:
             raise ValueError(
                 f"folder = {folder}: refuses texts of data.text.length = {length} tokens: {reason}"
             ) from error
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
+    if ours.shape != theirs.shape or not _is_close(ours, theirs):
         raise ValueError(
             f"folder = {folder}: a {module.model.config.model_type} hides later tokens in a way of "
             "its own; gpt2, llama and gpt_neox do not"
@@ -341,11 +358,19 @@ def _check_padding(module: HuggingFace, folder: str, length: int) -> None:
                 f"folder = {folder}: refuses texts of data.text.length = {length} tokens: {reason}"
             )
             raise ValueError(message) from error
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
+    if ours.shape != theirs.shape or not _is_close(ours, theirs):
         raise ValueError(
             f"folder = {folder}: a {module.model.config.model_type} hides padding in a way of its "
             "own; roberta, bert and distilbert do not"
         )
+
+
+def _is_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Return whether logits agree up to rounding in their type."""
+    if ours.dtype == torch.float32:
+        return torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    error, size = ((ours - theirs).abs().max(), theirs.abs().max())
+    return bool(error <= 0.05 * size)
 
 
 @contextmanager

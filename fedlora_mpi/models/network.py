@@ -37,7 +37,13 @@ from .output_field import Field, TakeField, describe_output, find_field
 from .purity import check_functional, find_effects, trial_inputs
 from .substitutes import Substitutes
 from .ties import find_leaf_names, find_ties, named_tensors, restore_ties
-from .unwrapping import copy_module, explain_refusal, has_lazy_layers, unwrap
+from .unwrapping import (
+    copy_module,
+    explain_refusal,
+    has_lazy_layers,
+    remove_values,
+    unwrap,
+)
 from .watching import ForwardTrace, Matrix, name_head, owning_module, trace_forward
 
 Role = Literal["body", "head", "norm", "stats"]
@@ -92,6 +98,10 @@ class Model:
     loss: Loss = CROSS_ENTROPY
     # {weight: the matrices that it holds} of the weights that hold more than one
     fused: dict[str, Fused] = field(default_factory=dict)
+    # the type in which a pass computes, where the parameters are stored in it; None: as it comes
+    dtype: torch.dtype | None = None
+    # names of the modules that training passes compute twice, see ``recomputing.py``
+    recomputed: tuple[str, ...] = ()
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
         return self._call(self.modules[self.training], self.leaf_names[0], tree, x, self.effects)
@@ -119,6 +129,7 @@ class Model:
         """
         if not place:
             return self.replace_input(tree, x, self.head, change)
+        self._check_hook(place)
         hook = (
             self.modules[self.training]
             .get_submodule(place)
@@ -132,12 +143,21 @@ class Model:
         """Return the logits where ``change(h)`` takes the place of h, the first input of the module
         ``place``.
         """
+        self._check_hook(place)
         hook = (
             self.modules[self.training]
             .get_submodule(place)
             .register_forward_pre_hook(lambda part, inputs: (change(inputs[0]), *inputs[1:]))
         )
         return self._call_with_hook(tree, x, hook)
+
+    def _check_hook(self, place: str) -> None:
+        """Raise ValueError if a change at ``place`` would be missing where a block runs again."""
+        if self.training and any(place.startswith(f"{block}.") for block in self.recomputed):
+            raise ValueError(
+                f"engine.gradient_checkpointing = true: the method changes what {place} gives, "
+                "inside a block that is computed again; set it to false"
+            )
 
     def _call_with_hook(self, tree: Tree, x: Tensor, hook: RemovableHandle) -> Tensor:
         try:
@@ -160,9 +180,21 @@ class Model:
                 f"{error.args[0]} of the network has no value: what a method's client_model "
                 "returns must hold every leaf of model.leaves"
             ) from None
+        if self.dtype is not None:
+            module_leaves = {
+                place: self._stored(leaf_names[place], v) for place, v in module_leaves.items()
+            }
+            x = x.to(self.dtype) if x.is_floating_point() else x
         if effects == Effects():
-            return functional_call(module, module_leaves, (x,))
-        return effects.run_module(module, module_leaves, x, self.training)
+            result = functional_call(module, module_leaves, (x,))
+        else:
+            result = effects.run_module(module, module_leaves, x, self.training)
+        return result if self.dtype is None else result.float()
+
+    def _stored(self, leaf: str, value: Tensor) -> Tensor:
+        """Return the value of a leaf in the type ``dtype``, if it is a parameter."""
+        is_parameter = leaf in self.frozen_leaves or self.role(leaf) not in (None, "stats")
+        return value.to(self.dtype) if is_parameter and value.dtype != self.dtype else value
 
     def zero_inputs(self, samples: int) -> Tensor:
         """Return inputs [samples, *shape] without information, see ``_zero_inputs``."""
@@ -279,41 +311,52 @@ def from_module(
     head: str | None = None,
     output: Field | None = None,
     positions: int = 0,
+    dtype: torch.dtype | None = None,
+    trusted: bool = False,
 ) -> Model:
     """Return the model of ``module``, whose present parameters become the initial values.
 
     ``shape``: the shape of one input, without the batch axis. ``tokens``: as in ``Model``.
     ``head``: the name of the module that is the head; None: see ``watching``. ``output``: the field
     of the module's output that holds the logits; None: see ``output_field``. ``positions``: the
-    logits are [B, positions, classes]; 0: they are [B, classes].
+    logits are [B, positions, classes]; 0: they are [B, classes]. ``dtype``: store the parameters so
+    and compute in it, from inputs and to logits in float32; None: as ``module`` has them.
+    ``trusted``: a network of this package, whose passes are known to have no side effects. They are
+    not tried, and the initial values are the module's own tensors, since a large network must not
+    be in memory twice.
 
     Raises ValueError if the module does not map [B, *shape] to logits of this shape, has a
     BatchNorm with a cumulative average instead of a momentum, has a parameter that cannot be
     trained, or is not a function of its parameters, buffers and inputs (see ``purity``).
     """
     module, zeros = unwrap(module), _zero_inputs(2, shape, tokens)
-    _materialize(module, zeros)
+    if not trusted:
+        _materialize(module, zeros)
+    if dtype is not None:
+        _store_parameters(module, dtype)
+        zeros = zeros.to(dtype) if zeros.is_floating_point() else zeros
     for name, layer in module.named_modules():
         if isinstance(layer, _NormBase) and layer.track_running_stats:
             if layer.momentum is None:
                 raise ValueError(f"name: layer {name} has momentum None (a cumulative average)")
             layer.num_batches_tracked = None
     expected = [2, positions, classes] if positions else [2, classes]
-    traits = _probe_module(copy_module(module), expected, zeros, output)
+    traits = _probe_module(copy_module(module, trusted), expected, zeros, output)
     if traits["output"] is not None:
         module.register_forward_hook(TakeField(traits["output"]))
-    x, other_inputs = trial_inputs(module, zeros, tokens)
-    pass_effects, ties = find_effects(module, x, other_inputs), find_ties(module)
-    trace = trace_forward(module, zeros, classes)
+    x, other_inputs = (zeros, zeros) if trusted else trial_inputs(module, zeros, tokens)
+    pass_effects = Effects() if trusted else find_effects(module, x, other_inputs)
+    ties, trace = find_ties(module), trace_forward(module, zeros, classes, trusted)
     if head is not None:
         trace = name_head(module, zeros, trace, head)
-    leaves, locked, initial, constants = _classify_leaves(module, trace)
+    leaves, locked, initial, constants = _classify_leaves(module, trace, keep=trusted)
     if head is not None and "head" not in {leaf.role for leaf in (leaves | locked).values()}:
         raise ValueError(
             f"head = {head}: all its parameters are those of other layers too (tied), or of "
             "normalisation layers"
         )
-    skeleton = restore_ties(copy.deepcopy(module).to("meta"), ties)
+    empty = remove_values(module) if trusted else copy.deepcopy(module).to("meta")
+    skeleton = restore_ties(empty, ties)
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
     eval_body, train_body = (_remove_head(copy.deepcopy(m), trace.head) for m in modules)
     model = Model(
@@ -334,8 +377,26 @@ def from_module(
         effects=pass_effects,
         fused=_find_fused_weights(module, leaves | locked),
     )
-    check_functional(module, model, x)
-    return replace(model, ends_in_linear=_ends_in_linear(model, x))
+    if not trusted:
+        check_functional(module, model, x)
+    return replace(model, ends_in_linear=_ends_in_linear(model, x), dtype=dtype)
+
+
+def _store_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give the floating-point parameters of ``module`` the type ``dtype``; buffers keep theirs.
+
+    Raises ValueError for a BatchNorm, whose statistics need float32 beside it.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, _NormBase):
+            raise ValueError(
+                f"dtype = {str(dtype).removeprefix('torch.')}: layer {name} normalises by "
+                "statistics, which need float32; engine.precision=bf16 computes the rest in "
+                "bfloat16"
+            )
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _ends_in_linear(model: Model, x: Tensor) -> bool:
@@ -433,9 +494,10 @@ def _probe_module(module: nn.Module, expected: list[int], x: Tensor, output: Fie
 
 
 def _classify_leaves(
-    module: nn.Module, trace: ForwardTrace
+    module: nn.Module, trace: ForwardTrace, keep: bool
 ) -> tuple[dict[str, Leaf], dict[str, Leaf], Tree, Tree]:
-    """Return the leaves, the frozen leaves, the initial values and the constants.
+    """Return the leaves, the frozen leaves, the initial values and the constants; with ``keep``,
+    values are the module's own tensors.
 
     Raises ValueError for a trained parameter that is not floating-point.
     """
@@ -454,7 +516,7 @@ def _classify_leaves(
                     "trains; hold its real and imaginary part as two parameters (torch.complex "
                     "joins them), or freeze it by requires_grad_(False)"
                 )
-            constants[name] = value.detach().clone()
+            constants[name] = value.detach() if keep else value.detach().clone()
             continue
         role: Role
         if id(value) not in parameters:
@@ -472,7 +534,8 @@ def _classify_leaves(
         leaf = Leaf(tuple(value.shape), role, next(filter(None, matrices), ""))
         frozen = role != "stats" and not trained
         (locked if frozen else leaves)[name] = leaf
-        (constants if frozen else initial)[name] = value.detach().clone()
+        values = constants if frozen else initial
+        values[name] = value.detach() if keep else value.detach().clone()
     return leaves, locked, initial, constants
 
 

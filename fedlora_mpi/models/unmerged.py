@@ -13,24 +13,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 # what torch asks of a tensor besides its numbers
-_DESCRIPTIONS = {
-    getter.__get__
-    for getter in (
-        Tensor.shape,
-        Tensor.dtype,
-        Tensor.device,
-        Tensor.layout,
-        Tensor.ndim,
-        Tensor.requires_grad,
-        Tensor.is_leaf,
-        Tensor.is_cpu,
-        Tensor.is_cuda,
-        Tensor.is_sparse,
-        Tensor.is_quantized,
-        Tensor.is_meta,
-        Tensor.is_nested,
-    )
-} | {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex}
+_PROPERTIES = (
+    "shape dtype device layout ndim requires_grad is_leaf is_cpu is_cuda is_meta is_sparse"
+)
+_DESCRIPTIONS = {getattr(Tensor, name).__get__ for name in _PROPERTIES.split()} | {
+    Tensor.dim,
+    Tensor.size,
+    Tensor.numel,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+}
 
 
 class UnmergedWeight(Tensor):

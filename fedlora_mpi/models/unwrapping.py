@@ -46,16 +46,31 @@ def has_lazy_layers(module: nn.Module) -> bool:
     return any(map(nn.parameter.is_lazy, (*module.parameters(), *module.buffers())))
 
 
-def copy_module(module: nn.Module) -> nn.Module:
-    """Return a deep copy; raise ValueError with the name of an attribute that cannot be copied."""
+def copy_module(module: nn.Module, share: bool = False) -> nn.Module:
+    """Return a deep copy; with ``share``, one whose parameters have the memory of the module's.
+
+    Raises ValueError with the name of an attribute that cannot be copied.
+    """
+    shared = {
+        id(p): nn.Parameter(p.detach(), p.requires_grad) for p in module.parameters() if share
+    }
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, shared)
     except Exception as error:
         name = next(_uncopyable_attributes(module), "it")
         raise ValueError(
             f"name: {name} cannot be copied by copy.deepcopy ({summarize_error(error)}); "
             "keep it out of the module"
         ) from error
+
+
+def remove_values(module: nn.Module) -> nn.Module:
+    """Return a copy of ``module`` on the meta device; nothing of the parameters is copied."""
+    places = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        for p in module.parameters()
+    }
+    return copy.deepcopy(module, places).to("meta")
 
 
 @contextmanager

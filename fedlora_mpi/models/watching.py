@@ -71,12 +71,13 @@ class _Product:
     width: int  # number of features or channels of its output
 
 
-def trace_forward(module: nn.Module, x: Tensor, classes: int) -> ForwardTrace:
+def trace_forward(module: nn.Module, x: Tensor, classes: int, share: bool = False) -> ForwardTrace:
     """Return the trace of a copy of ``module`` in evaluation mode on inputs x.
 
-    If the pass cannot be traced, the head is the last registered Linear or convolution.
+    If the pass cannot be traced, the head is the last registered Linear or convolution. ``share``:
+    as in ``copy_module``.
     """
-    module = copy_module(module).eval().requires_grad_(False)
+    module = copy_module(module, share).eval().requires_grad_(False)
     trace = _TraceMode(module)
     gradients: Sequence[Tensor | None]
     try:

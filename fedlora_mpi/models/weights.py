@@ -53,8 +53,10 @@ def find_file(network: str, source: str) -> WeightsFile:
     return WeightsFile(Path(torch.hub.get_dir(), "checkpoints", posixpath.basename(url)), url)
 
 
-def read(path: Path, url: str = "", keep_double: bool = False) -> Tree:
-    """Return the leaves of a file as float32.
+def read(
+    path: Path, url: str = "", keep_double: bool = False, dtype: torch.dtype = torch.float32
+) -> Tree:
+    """Return the leaves of a file as ``dtype``.
 
     It is a safetensors file or a state dict saved by torch, by itself or under "state_dict" or
     "model". Leaves that are not floating-point, such as counts of batches, are left out.
@@ -88,8 +90,8 @@ def read(path: Path, url: str = "", keep_double: bool = False) -> Tree:
                 f"{name} is no dense tensor there; save the state_dict() of the network"
             )
         if value.is_floating_point():
-            dtype = value.dtype if keep_double and value.dtype == torch.float64 else torch.float32
-            tree[name] = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+            kept = value.dtype if keep_double and value.dtype == torch.float64 else dtype
+            tree[name] = value.detach().to(kept, copy=True, memory_format=torch.contiguous_format)
             if not tree[name].isfinite().all():
                 raise ValueError(f"{name} has numbers that are not finite")
     return tree

@@ -13,6 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ..core.seeds import isolate_rng
@@ -149,6 +150,7 @@ def hf(
     tokens: int = 0,
     padding: int = 0,
     positions: int = 0,
+    dtype: str | None = None,
     *,
     folder: str,
     resize: bool = False,
@@ -160,13 +162,14 @@ def hf(
     of its tokenizer. If ``folder`` is a config.json, the same network is built without pre-trained
     weights.
     """
+    kind = getattr(torch, dtype or "float32")
     if not tokens:
-        return huggingface.load_image_classifier(folder, classes, shape, resize)
+        return huggingface.load_image_classifier(folder, classes, shape, kind, resize)
     if resize:
         raise ValueError("resize = true: the data are texts; leave it out")
     if positions:
-        return huggingface.load_causal(folder, shape[0], tokens)
-    return huggingface.load_classifier(folder, classes, shape[0], tokens, padding)
+        return huggingface.load_causal(folder, shape[0], tokens, kind)
+    return huggingface.load_classifier(folder, classes, shape[0], tokens, padding, kind)
 
 
 def _yi_cnn(
@@ -233,13 +236,14 @@ def build(
     head: str | None = None,
     output: str | int | None = None,
     positions: int = 0,
+    dtype: str | None = None,
 ) -> Model:
     """Return the model ``name`` with initial weights drawn from ``seed``, or read from ``weights``.
 
     ``name`` is a key of BUILDERS, ``torchvision:<model>`` (any classification model), or
     ``module:callable``. The callable gets ``classes`` and ``shape`` (for texts also ``tokens``, and
     ``padding`` if it has that parameter) and returns an nn.Module. ``weights``: see
-    ``weights.find_file``; ``head``, ``output`` and ``positions``: see
+    ``weights.find_file``; ``head``, ``output``, ``positions`` and ``dtype`` (torch's name): see
     ``network.from_module``.
 
     Raises ValueError if there is no such model, if it refuses its options or inputs, if the weights
@@ -247,12 +251,20 @@ def build(
     """
     with isolate_rng(seed, "model"):
         own = _own_options(name, {"head": head, "output": output})
-        place = {"positions": positions} if name == "hf" else {}
+        place = {"positions": positions, "dtype": dtype} if name == "hf" else {}
         module = _build_module(name, {**options, **own, **place}, classes, shape, tokens, padding)
         head = None if "head" in own else head
         output = None if "output" in own else output
         model = from_module(
-            module, classes, shape, tokens, head=head, output=output, positions=positions
+            module,
+            classes,
+            shape,
+            tokens,
+            head=head,
+            output=output,
+            positions=positions,
+            dtype=getattr(torch, dtype) if dtype else None,
+            trusted=not is_external(name),
         )
         if is_external(name) and not name.startswith("torchvision:"):
             model = replace(model, couples=couples_examples(model, seed))

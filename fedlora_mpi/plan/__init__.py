@@ -81,7 +81,8 @@ def estimate(
     if not workers:
         raise ValueError(f"--ranks = {ranks}: server_hosts_clients = false needs at least 2")
     if gpus:
-        path = "stack" if gpu and config.engine.path != "loop" else config.engine.path
+        stacks = gpu and config.engine.path != "loop" and not config.engine.gradient_checkpointing
+        path = "stack" if stacks else config.engine.path
         config = replace(config, engine=replace(config.engine, device="cpu", path=path))
     assembly = build(config, source, Solo(), requested_path)
     cores = os.cpu_count() or 1
