@@ -31,7 +31,7 @@ from ..experiment.fingerprint import recorded_inventory
 from ..federation.clients import ClientType
 from ..federation.federation import Federation, State
 from ..mpi.comm import Solo
-from .counted import gpu_capacity
+from .counted import gpu_capacity, network_tensors
 from .devices import BANDWIDTH, BANDWIDTH_SHARE, CONTEXT_BYTES, LATENCY, PEAK_SHARE, find_device
 from .forecast import Costs, Machine, Seconds, forecast
 from .roles import head_line, leaf_lines
@@ -356,6 +356,12 @@ def _model_text(federation: Federation, number: int, name: str) -> str:
     )
 
 
+def _network_bytes(federation: Federation) -> int:
+    """Bytes of all networks of a worker, each in memory once for all clients."""
+    networks = {t.network: t.trainer.model for t in federation.clients.types}
+    return sum(v.nbytes for model in networks.values() for v in network_tensors(model))
+
+
 def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tuple[str, str]]:
     """Lines on the engine, memory, disk and time."""
     config, seconds = estimated.assembly.config, estimated.seconds
@@ -383,7 +389,7 @@ def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tup
         assert gpu is not None and isinstance(group_size, int)
         worker_bytes, ranks, clients = gpu_capacity(
             gpu,
-            cast(Feed, federation.clients.trainer.feed).nbytes,
+            cast(Feed, federation.clients.trainer.feed).nbytes + _network_bytes(federation),
             estimated.client_bytes,
             group_size,
         )

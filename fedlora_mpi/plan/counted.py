@@ -3,12 +3,13 @@ priced by the GPU's data sheet.
 """
 
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -17,6 +18,7 @@ from ..core.tree import Tree, nbytes
 from ..engine.speed import TruncatedFeed
 from ..engine.train import Trainer
 from ..federation.clients import ClientType
+from ..models.network import Model
 from .devices import BANDWIDTH_SHARE, CONTEXT_BYTES, PEAK_SHARE, Device
 from .line import CostLine, sample_limits
 
@@ -29,7 +31,7 @@ class Count(NamedTuple):
     operations: int  # launched kernels
     flops: int  # of matrix products and convolutions
     bytes: int  # read and written by all other operations
-    saved: int  # largest number of bytes kept for a backward pass
+    peak: int  # largest number of bytes of all tensors that it makes, alive at the same time
 
 
 class GpuSeconds(NamedTuple):
@@ -53,7 +55,8 @@ class GpuCosts(NamedTuple):
     train: GpuSeconds
     tune: GpuSeconds
     score: GpuSeconds
-    client_bytes: float  # bytes of GPU memory per client of a stack during training
+    # bytes of GPU memory per client of a stack during training, beside the network itself
+    client_bytes: float
 
 
 def count_gpu_costs(
@@ -97,69 +100,82 @@ def count_gpu_costs(
             CostLine(0, 0, _gpu_seconds(evaluation, device, precision) / tests),
         )
     half_batch, full_batch, _ = sample_limits(samples, _BATCH_SIZE)
-    half_saved, full_saved = count_training(half_batch).saved, count_training(full_batch).saved
-    saved = full_saved + max(0, full_saved - half_saved) / max(1, full_batch - half_batch) * (
+    half_peak, full_peak = count_training(half_batch).peak, count_training(full_batch).peak
+    peak = full_peak + max(0, full_peak - half_peak) / max(1, full_batch - half_batch) * (
         min(samples, batch_size) - full_batch
     )
-    return GpuCosts(train, tune, score, 4 * (nbytes(v.shared) + nbytes(v.personal)) + saved)
+    # what the client receives is on the device, too
+    return GpuCosts(train, tune, score, nbytes(v.shared) + nbytes(v.personal) + peak)
+
+
+def network_tensors(model: Model) -> list[Tensor]:
+    """The initial values and the constants of a network, which all clients of a worker share."""
+    return [*model.initial.values(), *model.constants.values()]
 
 
 def gpu_capacity(
-    device: Device, data_bytes: int, client_bytes: float, group_size: int
+    device: Device, common_bytes: int, client_bytes: float, group_size: int
 ) -> tuple[float, int, int]:
     """(bytes of GPU memory per worker, workers that fit on one GPU, clients that one worker alone
     could stack).
+
+    common_bytes: of a worker's data and networks, which its clients share.
     """
-    worker_bytes = CONTEXT_BYTES + data_bytes + group_size * client_bytes
+    worker_bytes = CONTEXT_BYTES + common_bytes + group_size * client_bytes
     return (
         worker_bytes,
         int(device.memory // worker_bytes),
-        max(0, int((device.memory - CONTEXT_BYTES - data_bytes) // client_bytes)),
+        max(0, int((device.memory - CONTEXT_BYTES - common_bytes) // client_bytes)),
     )
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the operations, FLOPs and bytes of everything that runs inside it."""
+    """Counts the operations, FLOPs and bytes of everything that runs inside it, and the memory of
+    the tensors that it makes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = self.flops = self.bytes = 0
+        self.operations = self.flops = self.bytes = self.peak = 0
+        self._alive: dict[int, int] = {}  # bytes by place in memory
+        self._alive_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func.is_view:
             return out
         self.operations += 1
+        inputs = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         formula = flop_registry.get(func._overloadpacket)
         if formula:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         else:
-            tensors = [
-                t for t in tree_leaves((args, kwargs or {}, out)) if isinstance(t, torch.Tensor)
-            ]
-            self.bytes += sum(t.nbytes for t in {id(t): t for t in tensors}.values())
+            self.bytes += sum(t.nbytes for t in {id(t): t for t in (*inputs, *outputs)}.values())
+        known = {t.untyped_storage().data_ptr() for t in inputs}
+        for tensor in outputs:
+            self._note_memory(tensor.untyped_storage(), known)
         return out
 
+    def _note_memory(self, memory: torch.UntypedStorage, known: Collection[int]) -> None:
+        """Count ``memory`` until it is freed, unless an operation has only written to it."""
+        place = memory.data_ptr()
+        if place in known or place in self._alive or not memory.nbytes():
+            return
+        self._alive[place] = memory.nbytes()
+        self._alive_bytes += memory.nbytes()
+        self.peak = max(self.peak, self._alive_bytes)
+        weakref.finalize(memory, self._forget_memory, place).atexit = False
 
-def _count(work) -> Count:
+    def _forget_memory(self, place: int) -> None:
+        self._alive_bytes -= self._alive.pop(place)
+
+
+def _count(work: Callable[[], object]) -> Count:
     """Return the ``Count`` of ``work()``."""
-    peak = held_bytes = 0
-    backward = False
-
-    def save_tensor(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal held_bytes, peak, backward
-        held_bytes, backward = (0 if backward else held_bytes) + tensor.nbytes, False
-        peak = max(peak, held_bytes)
-        return tensor
-
-    def load_tensor(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal backward
-        backward = True
-        return tensor
-
-    with saved_tensors_hooks(save_tensor, load_tensor), _Counter() as counter:
+    with _Counter() as counter:
         work()
-    return Count(counter.operations, counter.flops, counter.bytes, peak)
+    return Count(counter.operations, counter.flops, counter.bytes, counter.peak)
 
 
 def _operation_seconds(
