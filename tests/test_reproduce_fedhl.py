@@ -86,10 +86,10 @@ def test_a_vit_is_asked_for_by_its_model():
 
 def test_clients_of_a_vit_adapt_q_and_v_of_every_block():
     case = FineTuningCase("cifar10", "vit", 1.0, OUT)
+    network = run_of(case, "fedit").config.model.mix[0]
+    model = zoo.build(network.name, network.options, 10, (3, 32, 32), 1)
     for entry in table_entries(TABLE_NAME, case, case.scale_sizes("small")):
         config = run_of(case, entry.key).config
-        network = config.model.mix[0]
-        model = zoo.build(network.name, network.options, 10, (3, 32, 32), 1)
         assert list(config.algorithm.adapted_shapes(model)) == [
             f"blocks.{k}.attention.in_proj_weight:{m}" for k in range(6) for m in "qv"
         ]
