@@ -34,7 +34,8 @@ class HuggingFace(nn.Module):
         super().__init__()
         config: Any = model.config  # transformers is optional, and so are its types
         self.model: Any = model
-        self.fresh, self.padding = fresh, getattr(config, "pad_token_id", None)
+        self.fresh = fresh
+        self.padding: Any = getattr(config, "pad_token_id", None)  # images have none
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [B, classes] of token ids x [B, L]. Padding is masked."""

@@ -109,7 +109,7 @@ class Request:
             )
             return [agnews.AgNewsCase(data, alpha, file) for data, alpha in pairs]
         if self.table == fedhl.TABLE_NAME:
-            combinations = product(
+            networks = product(
                 fedhl.named_networks(self.data, self.model, self.width),
                 self.participation or fedhl.PARTICIPATION,
                 self.alpha or (fedhl.ALPHA,),
@@ -117,7 +117,7 @@ class Request:
             file = self.text_train or agnews.TRAIN_FILE
             return [
                 fedhl.FineTuningCase(*network, participation, self.table_folder, alpha, file)
-                for network, participation, alpha in combinations
+                for network, participation, alpha in networks
             ]
         if self.table == shift.TABLE_NAME:
             file = self.text_train or agnews.TRAIN_FILE
