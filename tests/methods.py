@@ -1,5 +1,28 @@
 """What each method needs beside ``algorithm=NAME`` to learn in the tiny experiment."""
 
+from runs import TESTS
+
+from fedlora_mpi import algorithms
+from fedlora_mpi.components.lora import FineTuning
+
+# The tiny experiment on words, with a small language model.
+WORDS = f"""data={{
+    dataset: csv, root: {TESTS / "words"}, text: {{label: topic, columns: [body], length: 6}},
+    partition: {{kind: dirichlet_class, alpha: 0.7, clients: 7, minimum: 5}}}}"""
+GPT = (
+    WORDS,
+    "model={name: gpt, width: 8, heads: 2, layers: 1, feedforward: 12, loss: next_token}",
+)
+LORA_METHODS = tuple(
+    name
+    for name in algorithms.algorithm_names()
+    if issubclass(algorithms.find_algorithm(name), FineTuning)
+)
+# They need no class of a sample.
+CAUSAL_METHODS = tuple(
+    name for name in LORA_METHODS if not algorithms.find_algorithm(name).needs_class_labels
+)
+
 # Settings that the tiny experiment needs for a method: its default does not fit three epochs with
 # momentum.
 SETTINGS = {

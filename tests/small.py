@@ -205,7 +205,7 @@ def make_experiment(
     cohorts = Cohorts((Clients(types, type_of, tuple(sizes), weights),), 1, participation)
     matrix = topology and mixing_matrix(topology, len(sizes))
     federation = Federation.build(algorithm, Solo(), cohorts, placement, matrix=matrix)
-    return federation, initial_state(Assembly(None, federation, None, SHAPE, ""))
+    return federation, initial_state(Assembly(None, federation, None, None, SHAPE, ""))
 
 
 def with_trainers(federation, **fields):

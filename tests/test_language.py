@@ -3,26 +3,33 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from causal import small_model
 from runs import assert_same_run, run_on_ranks
 from tiers import thorough_param
 
 from fedlora_mpi import config as configs
+from fedlora_mpi import open_run
+from fedlora_mpi.algorithm import Variables
+from fedlora_mpi.algorithms import find_algorithm
 from fedlora_mpi.config.blocks import ConfigError
+from fedlora_mpi.config.writing import complete_tree
 from fedlora_mpi.core.batch import Batch
-from fedlora_mpi.core.losses import IGNORED, find_loss
+from fedlora_mpi.core.losses import IGNORED, find_loss, token_losses
+from fedlora_mpi.core.names import is_factor
 from fedlora_mpi.core.seeds import rng
-from fedlora_mpi.core.vision import import_torchvision
 from fedlora_mpi.data.datasets import Source, load
 from fedlora_mpi.data.language import Language
 from fedlora_mpi.data.texts import Text
 from fedlora_mpi.experiment.assembly import build
 from fedlora_mpi.experiment.loop import _start_new_run, resume
-from fedlora_mpi.models import zoo
+from fedlora_mpi.experiment.pretrain import pretrain
+from fedlora_mpi.models import weights, zoo
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.store.reader import RunFiles
@@ -92,6 +99,17 @@ def tree_of(folder: Path, **blocks) -> dict:
         "evaluate": {"metrics": ["perplexity"]},
     }
     return given | blocks
+
+
+PACKED = {"packing": True}  # data.language
+SINGLE = pytest.param({}, id="single")
+
+
+def built_of(folder: Path, language: dict | None = None, length: int = LENGTH, **blocks):
+    tree = tree_of(folder, **blocks)
+    tree["data"]["text"]["length"] = length
+    tree["data"]["language"] = language or {}
+    return build(configs.from_dict(tree, "test"), "test", Solo())
 
 
 def load_data(folder: Path, dataset: str = "text_lm", **how):
@@ -213,6 +231,63 @@ def test_the_texts_of_news_are_learned_and_split_by_topic(tmp_path):
     )
 
 
+@pytest.mark.parametrize("loss", ["next_token", "cross_entropy"])
+def test_news_can_be_packed_to_be_learned_but_not_to_be_classified(loss, tmp_path):
+    (tmp_path / "AG_NEWS").mkdir()
+    for name, count in (("train.csv", 80), ("test.csv", 40)):
+        rows = [f'"{1 + n % 4}","{t}","the sea"' for n, t in enumerate(lines(count, name))]
+        (tmp_path / "AG_NEWS" / name).write_text("\n".join(rows) + "\n")
+    tree = tree_of(tmp_path, algorithm="fedavg")
+    tree["data"] |= {
+        "dataset": "ag_news",
+        "language": PACKED,
+        "text": {"length": 30},
+        "partition": {"kind": "dirichlet_client", "clients": 5, "train": 20, "test": 6},
+    }
+    tree["model"] |= {"loss": loss}
+    config = configs.from_dict(tree, "test")
+    if loss == "cross_entropy":
+        with pytest.raises(Refusal, match="learned token by token are packed; set model.loss"):
+            build(config, "test", Solo())
+        return
+    built = build(config, "test", Solo())
+    assert built.split.train_counts.shape == (5, 4)  # of the topics of the texts
+    assert max(built.federation.clients.sizes) < min(map(len, built.split.train)) / 2
+
+
+def test_a_client_has_as_many_samples_as_packed_rows(texts):
+    single, packed = (built_of(texts, language) for language in ({}, PACKED))
+    assert single.split.digest() == packed.split.digest() and single.run_digest != packed.run_digest
+    assert single.federation.clients.sizes == (20,) * 5
+    sizes = packed.federation.clients.sizes
+    assert sizes == tuple(map(len, packed.sample_split.train)) and max(sizes) < 20
+    assert packed.federation.clients.weights == sizes
+    feed = packed.federation.clients.types[0].trainer.feed
+    tokens, packed_tokens = (
+        sum(int((f.unshuffled_batch([c], True).y != IGNORED).sum()) for c in range(5))
+        for f in (single.federation.clients.types[0].trainer.feed, feed)
+    )
+    assert tokens == packed_tokens
+    assert packed.federation.clients.sizes[0] == feed.train_size(0)
+
+
+def test_packing_is_recorded_only_where_it_is_set(texts):
+    tree = tree_of(texts)
+    for language, recorded in (
+        ({}, None),
+        ({"packing": False}, None),
+        ({"text": "said"}, None),  # digests are those of before packing existed
+        (PACKED, True),
+    ):
+        tree["data"]["language"] = language
+        config = configs.from_dict(tree, "test")
+        resolved = configs.resolved_dict(config)
+        assert configs.from_dict(resolved, "test") == config
+        assert resolved["data"].get("language", {}).get("packing") is recorded
+        all_keys = complete_tree(config)["data"]["language"]
+        assert all_keys["packing"] == bool(recorded) and len(all_keys) == 6
+
+
 MISTAKES = [
     ({"model": {"name": "gpt", "width": 8}}, "dataset = text_lm: has tokens as targets"),
     ({"model": {"name": "transformer", "loss": "next_token"}}, r"gives \[2, \d+\] for 2 samples"),
@@ -230,11 +305,35 @@ MISTAKES = [
     ({"data.text": {"train": "key.jsonl"}}, "line 1: has no text text"),
     ({"data.language": {"template": "Say:"}}, "must contain {prompt}"),
     ({"data.partition": {"kind": "dirichlet_client", "clients": 5}}, "needs a class of each"),
+    (
+        {"data.language": PACKED, "model": {"name": "transformer", "loss": "next_token"}},
+        "name = transformer: .*reads one text at a time; set data.language.packing = false",
+    ),
+    ({"data.language": PACKED, "data.dataset": "digits"}, "packing = true: only texts are packed"),
+    ({"data.text": {"tokenizer": "no.json"}}, "tokenizer = no.json: .* give a tokenizer.json"),
+    ({"data.text": {"tokenizer": "train.txt"}}, "train.txt is no tokenizer.json"),
+    (
+        {"model": {"name": "hf", "folder": "none", "loss": "next_token"}},
+        "data.text.tokenizer = null: network hf reads the tokens of its own tokenizer",
+    ),
+    (
+        {
+            "model": {"name": "hf", "folder": "none", "loss": "next_token"},
+            "data.text": {"tokenizer": "words.json"},
+        },
+        "folder = none: has no config.json; give the folder of a model",
+    ),
+    (
+        {"algorithm": {"name": "fedit", "layers": ["*.c_attn.weight"]}},
+        r"layers = \*.c_attn.weight: matches no weight.*there are .*query.weight",
+    ),
 ]
 
 
 @pytest.mark.parametrize("change, said", MISTAKES)
-def test_mistakes_are_one_line(change, said, texts):
+def test_mistakes_are_one_line(change, said, texts, monkeypatch):
+    monkeypatch.chdir(texts)
+    (texts / "words.json").write_text(load_data(texts).vocabulary.json)
     (texts / "empty.txt").write_text("\n \n")
     (texts / "bytes.txt").write_bytes(b"\xff\xfe\xff")
     (texts / "short.txt").write_text("sea\nboat\n")
@@ -261,8 +360,9 @@ def gpt(**options):
     return zoo.build("gpt", given, 11, (LENGTH,), 1, 11, positions=LENGTH)
 
 
-def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(texts):
-    built = build(configs.from_dict(tree_of(texts, algorithm="fedavg"), "test"), "test", Solo())
+@pytest.mark.parametrize("language", [SINGLE, pytest.param(PACKED, id="packed")])
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(language, texts):
+    built = built_of(texts, language, algorithm="fedavg")
     (client_type,) = built.federation.clients.types
     zeros = {n: torch.zeros_like(v) for n, v in client_type.local_initial.shared.items()}
     scores = client_type.trainer.score_clients([0, 1], zeros, {})
@@ -294,34 +394,75 @@ def test_the_words_of_a_tied_model_are_one_leaf(tied):
     assert bool((logits == 0).all()) == tied
 
 
-def test_more_padding_changes_nothing(texts):
+def test_padding_batch_order_and_packing_change_no_score(texts):
     scores = []
-    for length in (9, 14):  # no text is longer than 9
-        tree = tree_of(texts, algorithm="fedavg")
-        tree["data"]["text"] |= {"length": length}
-        built = build(configs.from_dict(tree, "test"), "test", Solo())
+    for language, length, reverse in (
+        ({}, 9, False),  # no text is longer than 9
+        ({}, 14, False),
+        ({}, 14, True),
+        (PACKED, 9, False),
+        (PACKED, 14, False),
+    ):
+        built = built_of(texts, language, length, algorithm="fedavg")
         (client_type,) = built.federation.clients.types
+        trainer = client_type.trainer
+        if reverse:
+            test = tuple(rows[::-1].copy() for rows in built.split.test)
+            split = replace(built.split, test=test)
+            trainer = replace(trainer, feed=trainer.feed.with_split(split))
         shared = {
             n: 0.3 * torch.randn(max(len(v), 14), *v.shape[1:], generator=rng(1, n))[: len(v)]
             for n, v in client_type.local_initial.shared.items()
         }
-        scores.append(client_type.trainer.score_clients(range(5), shared, {}))
-    torch.testing.assert_close(*scores, rtol=1e-6, atol=1e-6)
+        scores.append(trainer.score_clients(range(5), shared, {}))
+    assert scores[0][:, 3].min() > 2  # the perplexity
+    for others in scores[1:]:
+        torch.testing.assert_close(others, scores[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_a_low_rank_part_of_zero_is_the_backbone(name):
+    model = gpt().eval_mode()
+    x = torch.randint(0, 11, (3, LENGTH), generator=rng(1, "x"))
+    method = find_algorithm(name)(lora_ranks=(3, 1), full=())
+    for client in range(2):
+        transport = method.transport(client, 2)
+        initial = transport.method.init(model, rng(1, "init"))
+        shared = transport.download(method.init(model, rng(1, "init")).shared)
+        factors = [n for n in shared | initial.personal if is_factor(n)]
+        assert factors
+        tree = transport.method.client_model(model, Variables(shared, initial.personal))
+        assert torch.equal(model(model.all_values | tree, x), model(model.initial, x))
 
 
 # Runs
 
 
-def test_a_run_learns_and_has_the_same_bits_on_any_ranks_and_after_a_resume(texts):
-    whole = run(texts, "whole", rounds=3)
+@pytest.mark.parametrize("language", [SINGLE, thorough_param(PACKED, id="packed")])
+def test_a_run_learns_and_has_the_same_bits_on_any_ranks_and_after_a_resume(language, texts):
+    data = tree_of(texts)["data"] | {"language": language}
+    whole = run(texts, "whole", rounds=3, data=data)
     for ranks in (2, 3):
-        assert_same_run(whole, run(texts, f"on {ranks}", ranks, rounds=3))
-    cut = run(texts, "cut", 3, rounds=2)
+        assert_same_run(whole, run(texts, f"on {ranks}", ranks, rounds=3, data=data))
+    cut = run(texts, "cut", 3, rounds=2, data=data)
     assert resume(cut, ["rounds=3"], Solo()) == 0
     assert_same_run(whole, cut)
     table = RunFiles(whole).rounds()
     assert table["perplexity"][-1] < 0.8 * len(WORDS)
     assert table["loss"][-1] < table["loss"][0]
+
+
+@pytest.mark.thorough  # two trainings
+def test_pretraining_packs_as_a_run_does(texts):
+    trees = []
+    for language in ({}, PACKED):
+        tree = tree_of(texts, algorithm="fedavg")
+        tree["data"]["language"] = language
+        file = texts / f"{len(trees)}.safetensors"
+        pretrain(configs.from_dict(tree, "test"), "test", 1, to=file, epochs=1)
+        trees.append(weights.read(file))
+    assert trees[0].keys() == trees[1].keys()
+    assert not torch.equal(*(tree["words.weight"] for tree in trees))
 
 
 @pytest.mark.parametrize(
@@ -338,28 +479,20 @@ def test_methods_train_a_language_model_alike_one_by_one_and_in_a_stack(name, te
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0] < math.log(20)
 
 
+@pytest.mark.parametrize("language", [SINGLE, thorough_param(PACKED, id="packed")])
+def test_the_models_of_a_finished_run_have_the_logged_scores(language, texts):
+    data = tree_of(texts)["data"] | {"language": language}
+    finished = open_run(run(texts, "run", rounds=1, algorithm="fedavg", data=data))
+    for client in range(2):
+        view = finished.client(client)
+        x, y = view.test_data()
+        assert len(x) == 6  # texts, one in each input
+        losses, counts = token_losses(view.model(x).detach(), y)
+        loss = finished.array("clients/loss")[-1, client]
+        assert float(losses.sum() / counts.sum()) == pytest.approx(loss, rel=1e-6)
+
+
 # Models of Hugging Face
-
-
-def small_model(folder: Path, family: str) -> Path:
-    import_torchvision()  # see there: transformers imports it
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-    if family == "gpt2":
-        config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, **sizes)
-    else:
-        config = transformers.LlamaConfig(
-            hidden_size=8,
-            intermediate_size=12,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=16,
-            **sizes,
-        )
-    torch.manual_seed(1)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / family)
-    return folder / family
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

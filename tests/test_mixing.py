@@ -364,7 +364,7 @@ def rounds(algorithm, ranks, route, server, participation=1.0, count=2):
 
         def on(comm):
             own = federation.on_ranks(comm, hosts, workers, route)
-            state, rows = initial_state(Assembly(None, own, None, small.SHAPE, "")), []
+            state, rows = initial_state(Assembly(None, own, None, None, small.SHAPE, "")), []
             for _ in range(count):
                 before = getattr(comm, "bytes_sent", 0)
                 state, row, clients = run_round(own, state, evaluate=True, stop=False)

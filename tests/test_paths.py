@@ -86,9 +86,10 @@ def test_a_path_that_cannot_be_is_one_line(command, path, call, tmp_path):
 
 
 @pytest.mark.parametrize("path", [*LONG, "~nobody-at-all/x", os.fsdecode(b"\xff")])
-@pytest.mark.parametrize("key", ["output", "data.root", "model.weights"])
+@pytest.mark.parametrize("key", ["output", "data.root", "model.weights", "model.adapter"])
 def test_a_setting_that_cannot_be_a_path_is_one_line(key, path, call, tmp_path):
     more = ("data.dataset=folder", "data.synthetic=null") if key == "data.root" else ()
+    more = ("algorithm=fedit",) if key == "model.adapter" else more
     path = f"{path}.pt" if key == "model.weights" else path
     code, out, err = call("run", TINY, f"{key}={path}", *more[:1])
     assert code == 2 and out == "" and err.count("\n") == 1, err

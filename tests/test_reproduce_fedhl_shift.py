@@ -14,10 +14,10 @@ from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
 from fedlora_mpi.data.datasets import Data, Source
 from fedlora_mpi.data.samples import Samples
-from fedlora_mpi.reproduce import features
+from fedlora_mpi.reproduce import features, rank_sheet
 from fedlora_mpi.reproduce import fedhl_shift_table as shift
 from fedlora_mpi.reproduce.fedhl_shift_table import KEYS, RANKS, RATES, TABLE_NAME, ShiftCase
-from fedlora_mpi.reproduce.grid import Tuning, make_job
+from fedlora_mpi.reproduce.grid import ACCURACY, Tuning, make_job
 from fedlora_mpi.reproduce.paper import Accuracy
 from fedlora_mpi.reproduce.registry import TABLES, table_entries
 from fedlora_mpi.reproduce.request import Request
@@ -152,8 +152,8 @@ def test_the_rate_with_the_best_last_rounds_is_chosen():
     assert [t.config.train.lr for t in trials] == [0.1, 0.2] * 2
     high, low = [0.5] * 5, [0.8, 0.4, 0.4, 0.4, 0.4, 0.4]
     store = Store({"flexlora-lr0.1": low, "flexlora-lr0.2": high, "fedhl-lr0.2": low})
-    assert choose_rates(trials, store) == {(CASE, "flexlora"): 0.2, (CASE, "fedhl"): 0.2}
-    assert choose_rates(trials[:2], Store({t.entry.key: high for t in trials})) == {
+    assert choose_rates(trials, store, ACCURACY) == {(CASE, "flexlora"): 0.2, (CASE, "fedhl"): 0.2}
+    assert choose_rates(trials[:2], Store({t.entry.key: high for t in trials}), ACCURACY) == {
         (CASE, "flexlora"): 0.1
     }
 
@@ -164,7 +164,7 @@ def test_the_rate_with_the_best_last_rounds_is_chosen():
 def shown(accuracy, share=None, monkeypatch=None):
     """The sheet of runs; accuracy: {key: last accuracy of seeds 1, 2}."""
     if monkeypatch:
-        monkeypatch.setattr(shift, "tail_share", lambda result: share)
+        monkeypatch.setattr(rank_sheet, "tail_share", lambda result: share)
     results = {key: [] for key in accuracy}
     for key, values in accuracy.items():
         for seed, value in enumerate(values, 1):
@@ -175,7 +175,7 @@ def shown(accuracy, share=None, monkeypatch=None):
             found = {name: np.array(column) for name, column in columns.items()}
             results[key].append(Result(job, found, {}))
     cells = [Cell.from_results(entries_of(key)[0], found) for key, found in results.items()]
-    return shift.shift_sheet("Title", "", [], cells, 2, results)
+    return rank_sheet.rank_sheet("Title", "", [], cells, 2, results, shift.TUNING)
 
 
 def test_gains_over_flexlora_are_of_equal_seeds():

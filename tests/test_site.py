@@ -21,6 +21,7 @@ from fedlora_mpi import algorithms, config
 from fedlora_mpi.config import blocks
 from fedlora_mpi.config.experiment import Config, ModelBlock, Network
 from fedlora_mpi.config.method_settings import allowed_values
+from fedlora_mpi.config.writing import NETWORK_KEYS
 from fedlora_mpi.data.datasets import Source
 from fedlora_mpi.data.partition import PARTITIONS
 from fedlora_mpi.data.tasks import Tasks
@@ -177,9 +178,7 @@ def known() -> dict[str, object]:
     found |= dict(keys(ModelBlock, "model."))
     return found | {
         "model.name": None,
-        "model.weights": Network.weights,
-        "model.head": Network.head,
-        "model.output": Network.output,
+        **{f"model.{key}": getattr(Network, key) for key in NETWORK_KEYS},
         "data.partition.kind": None,
     }
 

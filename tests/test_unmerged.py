@@ -48,14 +48,19 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.parametrize("input_first", [False, True])
 @pytest.mark.parametrize("with_dense", [False, True])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_any_function_gives_what_the_sum_gives_and_its_gradients(name, with_dense):
+def test_any_function_gives_what_the_sum_gives_and_its_gradients(name, with_dense, input_first):
     base, (dense, A, B) = numbers(OUT, IN), parts(with_dense)
+    if input_first:  # the same stored weight, whose inputs are on the other side
+        dense, A, B = None if dense is None else dense.mT, B.mT.clone(), A.mT.clone()
     A.requires_grad_(), B.requires_grad_()
+    update = merged(0, dense, A, B)
+    whole = base + (update.mT if input_first else update)
     results = [
-        FUNCTIONS[name](UnmergedWeight(base, dense, A, B, SCALE)),
-        FUNCTIONS[name](merged(base, dense, A, B)),
+        FUNCTIONS[name](UnmergedWeight(base, dense, A, B, SCALE, input_first)),
+        FUNCTIONS[name](whole),
     ]
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
     assert type(results[0]) is torch.Tensor

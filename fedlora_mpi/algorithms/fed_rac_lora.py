@@ -69,7 +69,7 @@ class FedRACLoRA(OneFactor):
         shared, personal = super().init(model, rng)[:2]
         # below 2^24, so float32 holds it exactly
         seed = torch.randint(2**24, (), generator=rng).float()
-        shared |= self.zero_updates(model) | {_SEED: seed}
+        shared |= self.start_updates(model) | {_SEED: seed}
         return Variables(shared | self.start_factors(shared, 0), personal)
 
     def received_numel(self, server: Tree, shared: Tree, round_: int) -> int:

@@ -31,7 +31,6 @@ meant; with fedhera, one client gets nearly the whole weight. ``fedhera_samples`
 from dataclasses import dataclass
 from warnings import warn
 
-import torch
 from torch import Generator
 
 from ..algorithm import LocalTraining, Svd, Variables
@@ -77,9 +76,7 @@ class FedHL(RedistributedTuning):
 
     def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
-        factors = factors_by_weight(shared, "A")
-        tails = {_TAIL + n: torch.zeros(len(A) + 1) for n, A in factors.items()}
-        return Variables(shared | tails, personal)
+        return Variables(_with_tails(shared), personal)
 
     def receive(self, shared: Tree) -> Tree:
         return super().receive({n: v for n, v in shared.items() if not n.startswith(_TAIL)})
@@ -101,7 +98,9 @@ class FedHL(RedistributedTuning):
         return {n: shared[n] + v for n, v in terms.items()}
 
     def redistribute(self, shared: Tree, svd: Svd) -> Tree:
-        new = super().redistribute(shared, svd)
-        B, W = factors_by_weight(new, "B"), dense_updates(new)
-        tails = {n: tail_energies(W[n], b) for n, b in B.items()}
-        return new | add_prefix(tails, _TAIL)
+        return _with_tails(super().redistribute(shared, svd))
+
+
+def _with_tails(shared: Tree) -> Tree:
+    B, W = factors_by_weight(shared, "B"), dense_updates(shared)
+    return shared | add_prefix({n: tail_energies(W[n], b) for n, b in B.items()}, _TAIL)

@@ -50,7 +50,7 @@ class FLoRA(FineTuning):
         shared = {n: v for n, v in super().init(model, rng).shared.items() if not is_factor(n)}
         # float32 counts 2**23 rounds from it exactly
         number = torch.randint(2**23, (), generator=rng)
-        return Variables(shared | self.zero_updates(model) | {_DRAW_NUMBER: number.float()}, {})
+        return Variables(shared | self.start_updates(model) | {_DRAW_NUMBER: number.float()}, {})
 
     def server(self, model: Model, shared: Tree) -> Tree:
         return {_STACKED_RANK + n: torch.tensor(0.0) for n in dense_updates(shared)}

@@ -34,9 +34,10 @@ def export_adapter(run: RunView, client: int, folder: str | Path) -> Path:
     """Write a client's ``adapter_model.safetensors`` and ``adapter_config.json`` to a new folder.
 
     For a network ``hf``, ``peft.PeftModel.from_pretrained(base, folder)`` is then the client's own
-    model. ``base`` is the sequence classifier of the network's folder with as many classes, in
-    float32; with ``model.weights`` it has those weights. Returns the folder. Raises ValueError if
-    the client has no low-rank part that peft can hold, or if the folder cannot be created.
+    model. ``base`` is the causal language model of the network's folder, or the sequence classifier
+    with as many classes, in float32; with ``model.weights`` it has those weights. Returns the
+    folder. Raises ValueError if the client has no low-rank part that peft can hold, or if the
+    folder cannot be created.
     """
     view, folder = run.client(client), expand_home(folder)
     pairs, others = _adapter(run, view)
@@ -63,19 +64,25 @@ def adapter_content(
     """Return peft's tensors and peft's config.
 
     values: all leaves of the client's own model. Some modules are written whole: the modules of
-    ``others``; for a network ``hf`` also the modules above the encoder (peft itself takes some of
-    these) and those with leaves that the network's folder does not have. Raises ValueError for a
-    low-rank part of another layer than a Linear, or if no low-rank part is left.
+    ``others`` and of ``network.adapter``; for a network ``hf`` also the modules above the encoder
+    (peft itself takes some of these) and those with leaves that the network's folder does not have.
+    Raises ValueError for a low-rank part of another layer than a Linear, for a leaf that is in two
+    places of the network (tied), or if no low-rank part is left.
     """
+    module = network.modules[False]
+    others = {name: values[name] for name in sorted(network.adapter.whole)} | {**others}
+    for name in (*pairs, *others):
+        if places := [n for n, first in network.ties.items() if name in (n, first)]:
+            raise ValueError(
+                f"{name}: is tied, one weight with {places[0]}, and peft would change one place "
+                "alone; train it neither in full nor by a low-rank part"
+            )
     for name in pairs:
-        layer, _, leaf_name = name.rpartition(".")
-        if leaf_name != "weight" or not isinstance(
-            network.modules[False].get_submodule(layer), nn.Linear
-        ):
+        if not _is_linear(network, name):
             raise ValueError(
                 f"{name}: is no weight of a Linear, and no other is exported; choose other layers"
             )
-    module = network.modules[False]
+    input_first = any(network.all_leaves[name].matrix == "transposed" for name in pairs)
     hf = module if isinstance(module, HuggingFace | CausalHuggingFace) else None
     pairs = {_peft_name(hf, name): v for name, v in pairs.items()}
     others = {_peft_name(hf, name): v for name, v in others.items()}
@@ -100,14 +107,25 @@ def adapter_content(
     for name, (a, b, _) in adapted.items():
         leaves |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     leaves = {f"base_model.model.{name}": value for name, value in leaves.items()}
-    return leaves, {"task_type": hf.TASK if hf else None} | _config(adapted, sorted(saved_modules))
+    config = _config(adapted, sorted(saved_modules), input_first)
+    return leaves, {"task_type": hf.TASK if hf else None} | config
+
+
+def _is_linear(network: Model, name: str) -> bool:
+    """Return whether a leaf is the weight of a Linear or of transformers' Conv1D."""
+    layer, _, leaf_name = name.rpartition(".")
+    leaf = network.all_leaves[name]
+    is_conv1d = leaf.is_linear and leaf.matrix == "transposed"
+    is_linear = isinstance(network.modules[False].get_submodule(layer), nn.Linear)
+    return leaf_name == "weight" and (is_linear or is_conv1d)
 
 
 def _base_folder(view: ClientView) -> str | None:
     """Return the folder with the weights W0; None if they do not come from one folder alone."""
     origins = view.network_block.origins
+    keys = [origin.key for origin in origins if origin.key != "adapter"]  # exported again
     # a folder with only a config.json has no weights
-    if [origin.key for origin in origins] != ["folder"] or len(origins[0].files) == 1:
+    if keys != ["folder"] or len(origins[0].files) == 1:
         return None
     return str(origins[0].files[0].parent.absolute())
 
@@ -143,11 +161,13 @@ def _saved_module(hf: HuggingFace | CausalHuggingFace | None, name: str) -> str:
     return module.partition(".")[0] if hf and hf.is_above_encoder(name) else module
 
 
-def _config(adapted: Mapping[str, LoraFactors], saved_modules: list[str]) -> dict[str, Any]:
+def _config(
+    adapted: Mapping[str, LoraFactors], saved_modules: list[str], input_first: bool
+) -> dict[str, Any]:
     """Return peft's settings.
 
     ``r`` and ``lora_alpha`` = s r are the most common pair. The patterns list the modules with
-    other values.
+    other values. input_first: whether weights are [in, out], as those of transformers' Conv1D.
     """
     rank_and_alpha = {
         name: (len(a), _integer_if_whole(s * len(a))) for name, (a, _, s) in adapted.items()
@@ -162,7 +182,7 @@ def _config(adapted: Mapping[str, LoraFactors], saved_modules: list[str]) -> dic
         "target_modules": sorted(rank_and_alpha),
         "modules_to_save": saved_modules or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": input_first,
         "lora_dropout": 0.0,
         "inference_mode": True,
     }

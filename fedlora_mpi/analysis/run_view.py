@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from ..core.losses import LOSSES
 from ..core.names import stored_names
 from ..core.paths import expand_home
 from ..data.partition import Split
@@ -245,15 +246,16 @@ class RunView:
         text_inputs = [int(stored.get(name, [0])[0]) for name in ("input_tokens", "input_padding")]
         outputs: Any = int(stored.get("outputs", self.partition.train_counts.shape[1:])[0])
         inputs = (outputs, shape, config.seed, *text_inputs)
+        loss = LOSSES.get(config.model.loss)
+        settings: dict[str, Any] = {
+            "head": block.head,
+            "output": block.output,
+            "positions": shape[0] if loss and loss.targets == "tokens" else 0,
+            "dtype": block.dtype,
+        }
         if all(file.is_file() for origin in block.origins for file in origin.files):
-            return build(
-                block.name,
-                block.options,
-                *inputs,
-                weights=block.weights,
-                head=block.head,
-                output=block.output,
-            )
+            settings |= {"weights": block.weights, "adapter": block.adapter}
+            return build(block.name, block.options, *inputs, **settings)
         saved_config = self._folder / f"network-{number}.json"
         if saved_config.is_file():
             self._files.read_text(saved_config.name)  # raises if it is damaged
@@ -262,7 +264,7 @@ class RunView:
             if saved_config.is_file()
             else block.options
         )
-        model = build(block.name, options, *inputs, head=block.head, output=block.output)
+        model = build(block.name, options, *inputs, **settings)
         on_meta = {n: v.to("meta") for n, v in model.all_values.items()}
         constants = {n: on_meta.get(n, v) for n, v in model.constants.items()}
         return replace(model, initial={n: on_meta[n] for n in model.initial}, constants=constants)

@@ -20,6 +20,7 @@ TABLES = {  # table -> description
     "pfedlora": "accuracy and cost of the pFedLoRA paper: clients with networks of their own",
     "fedhl": "LoRA of clients' own ranks on a backbone that is made here",
     "fedhl_shift": "LoRA of clients' own ranks where the needed update has a high rank",
+    "fedhl_text": "LoRA of clients' own ranks tunes a language model that is made here",
     "neighbours": "methods named beside FedHL, under strong label skew",
 }
 ONE_OR_MORE: dict[str, Any] = {"nargs": "+", "default": ()}
@@ -46,7 +47,7 @@ OPTIONS = (
     Option(
         "--data",
         {
-            "table6": "of ag_news (default ag_news)",
+            **dict.fromkeys(("table6", "fedhl_text"), "of ag_news (default ag_news)"),
             "pfedlora": "of cifar10, cifar100 (default cifar10)",
             "neighbours": "of cifar10, cifar100 (default cifar10)",
             **dict.fromkeys(_FHL, "of cifar10, ag_news (default both)"),
@@ -72,12 +73,12 @@ OPTIONS = (
         "--text-train",
         "the file of the training texts in DATA/AG_NEWS (default train.csv)",
         {"default": "", "metavar": "FILE"},
-        ("table6", *_FHL),
+        ("table6", *_FHL, "fedhl_text"),
     ),
     Option(
         "--seeds",
         {
-            **dict.fromkeys(("fedhl_shift", "neighbours"), "default: 1 2 3"),
+            **dict.fromkeys(("fedhl_shift", "fedhl_text", "neighbours"), "default: 1 2 3"),
             "": "default: 1 2 3, at small scale 1",
         },
         _NUMBERS | {"metavar": "SEED"},
@@ -149,6 +150,12 @@ OPTIONS = (
         "of the clients: from 64 to 4, or from 16 to 1 (default both)",
         ONE_OR_MORE | {"choices": ("high", "low")},
         ("fedhl_shift",),
+    ),
+    Option(
+        "--split",
+        "which texts a client has: any, or those of a sub-topic of its own (default both)",
+        ONE_OR_MORE | {"choices": ("iid", "subtopics")},
+        ("fedhl_text",),
     ),
     Option(
         "--participation",

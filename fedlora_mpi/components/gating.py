@@ -43,7 +43,7 @@ def cut_tensors(model: Model, blocks: int) -> dict[str, Cut]:
         sizes = tuple(min(length, size - at) for at in range(0, size, length))
         path, dot, _ = name.rpartition(".")
         owner = model.all_leaves.get(f"{path}{dot}weight")
-        is_linear = owner is not None and owner.matrix == "linear"
+        is_linear = owner is not None and owner.is_linear
         cuts[name] = Cut(first, len(sizes), length, sizes, is_linear)
         first += len(sizes)
     return cuts

@@ -13,6 +13,7 @@ Other weights are read as follows:
                                 [O, 1, 3, 3] is the matrix [3 O, 3]
   transposed convolution        its weight is [I, O, K1, ...]; it is read like a convolution
                                 of this shape and transposed: [O K2 ..., I K1]
+  Conv1D of transformers        its weight is [I, O]; it is read as the Linear [O, I]
   other product, more sides     [d1, d2, d3, ...] is [d1, d2 d3 ...]
 
 At full rank every weight can be any matrix: Conv1d [8, 3, 5] is [8, 15], rank 8; Conv3d [4, 2, 3,
@@ -161,7 +162,7 @@ class LowRank:
 
     def _rank(self, leaf: Leaf) -> int:
         full = min(matrix_shape(leaf))
-        if leaf.matrix == "linear":
+        if leaf.is_linear:
             return (
                 int(self.linear_rank)
                 if self.rank_rule == "official"
@@ -179,7 +180,7 @@ class LowRank:
     def _scale(self, leaf: Leaf) -> float:
         if self.scale == "one":
             return 1.0
-        if leaf.matrix == "linear":
+        if leaf.is_linear:
             return 1 / self._rank(leaf)
         return 1 / max(1, int(self.conv_rank * _channels(leaf)[0]))
 
@@ -208,9 +209,10 @@ def as_updates(matrices: Tree, model: Model) -> Tree:
     updates = {n: as_weight(d, leaves[n]) for n, d in matrices.items() if n in leaves}
     for weight, fused in model.fused.items():
         slices = model.slices(weight)
-        if given := [matrices[n] for n in slices if n in matrices]:
-            zero = torch.zeros_like(given[0])
-            updates[weight] = torch.cat([matrices.get(n, zero) for n in slices], fused.axis)
+        given = {n: as_weight(matrices[n], leaf) for n, leaf in slices.items() if n in matrices}
+        if given:
+            zero = torch.zeros_like(next(iter(given.values())))
+            updates[weight] = torch.cat([given.get(n, zero) for n in slices], fused.axis)
     return updates
 
 
@@ -267,7 +269,7 @@ def _explain_no_match(model: Model, pattern: str, names: Sequence[str]) -> str:
         return f"matches no slice of a weight; there are {join_first(names) or 'none'}"
     rejections = [
         f"{n}: {model.why_no_matrix(n)}" for n in model.all_leaves if fnmatchcase(n, pattern)
-    ]
+    ] + [f"{n}: tied, name {first}" for n, first in model.ties.items() if fnmatchcase(n, pattern)]
     explanation = f" that can be decomposed ({join_first(rejections)})" if rejections else ""
     return f"matches no weight{explanation}; there are {', '.join(names) or 'none'}"
 

@@ -46,6 +46,7 @@ class Network:
     name: str
     options: Mapping[str, Any]
     weights: str | None = None  # None: initial weights drawn from the seed
+    adapter: str | None = None  # a folder of peft; None: low-rank parts start at zero
     head: str | None = None  # the module that is the head; None: found by a forward pass
     output: str | int | None = None  # the field of the logits; None: the output or its clear field
     # the type in which parameters are stored and passes compute; None: that of the network, float32
@@ -54,7 +55,7 @@ class Network:
     @property
     def origins(self) -> list[zoo.Origin]:
         """The files that the network is made from."""
-        return zoo.find_origins(self.name, self.options, self.weights)
+        return zoo.find_origins(self.name, self.options, self.weights, self.adapter)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ _PATH_KEYS = (
     "model.folder",
     "topology.path",
 )
-_NULLABLE_PATH_KEYS = ("data.text.tokenizer", "data.path", "model.weights")
+_NULLABLE_PATH_KEYS = ("data.text.tokenizer", "data.path", "model.weights", "model.adapter")
 
 
 def source_of(config: str | Path | Mapping[str, Any]) -> str:

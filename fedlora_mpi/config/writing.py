@@ -42,7 +42,8 @@ OMIT_IF_DEFAULT = {
     "faults": tuple(blocks.config_fields(Faults)),
     "log": tuple(blocks.config_fields(Log)),
 }
-NETWORK_KEYS = ("weights", "head", "output", "dtype")  # of every network, beside its own options
+# of every network, beside its own options
+NETWORK_KEYS = ("weights", "adapter", "head", "output", "dtype")
 CHECKSUM_PREFIX = "# Checksum of what follows: "
 RESET_PREFIX = "# Hint: "
 
@@ -89,6 +90,8 @@ def resolved_dict(config: Config) -> dict[str, Any]:
         del tree["data"]["table"]
     if config.data.source.language == Language():
         del tree["data"]["language"]
+    elif not config.data.source.language.packing:
+        del tree["data"]["language"]["packing"]
     if config.privacy == Privacy():
         del tree["privacy"]
     if config.topology is None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from .labels import similar_label_hints
-from .samples import LabelledTexts, RawData
+from .samples import LabelledTexts, RawTexts
 from .texts import Text
 
 _AG_NEWS_CLASSES = ("World", "Sports", "Business", "Sci/Tech")  # its classes.txt
@@ -37,7 +37,7 @@ class Table(NamedTuple):
     hints: tuple[str, ...]
 
 
-def read_ag_news(folder: str, settings: Text) -> RawData:
+def read_ag_news(folder: str, settings: Text) -> RawTexts:
     """Read the AG News files of Zhang et al. (NIPS 2015): rows of class, title and description.
 
     The files are those that torchtext downloads. Raises ValueError for any other row.
@@ -63,10 +63,10 @@ def read_ag_news(folder: str, settings: Text) -> RawData:
         )
         return samples
 
-    return RawData(read_side("train"), read_side("test"), 4, _AG_NEWS_CLASSES, tuple(hints))
+    return RawTexts(read_side("train"), read_side("test"), 4, _AG_NEWS_CLASSES, tuple(hints))
 
 
-def read_csv(folder: str, settings: Text) -> RawData:
+def read_csv(folder: str, settings: Text) -> RawTexts:
     """Read a training and a test file whose first rows name the columns.
 
     The classes are the labels of the training file, without surrounding blanks, sorted (as numbers
@@ -90,7 +90,7 @@ def read_csv(folder: str, settings: Text) -> RawData:
         for side in (train, test)
     )
     hints = similar_label_hints(f"text.train = {settings.train}", names)
-    return RawData(
+    return RawTexts(
         train_texts, test_texts, len(names), tuple(names), hints + train.hints + test.hints
     )
 

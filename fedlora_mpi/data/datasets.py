@@ -31,7 +31,7 @@ from .language import (
 )
 from .leaf import read_leaf
 from .own_checks import check
-from .samples import LabelledTexts, RawData, Samples, to_samples
+from .samples import RawData, RawTexts, Samples, to_samples
 from .tables import Table, read_tables
 from .texts import Text, Vocabulary
 
@@ -151,7 +151,9 @@ class Source:
     allow_pickle: bool = False  # "pfllib" only: its files are pickles
     path: str | None = None  # "npz" only: the file
     table: Table = Table()  # "table" only: the columns of its files
-    language: Language = Language()  # "text_lm" and "instruct" only: the keys of their lines
+    # "text_lm" and "instruct" only: the keys of their lines; packing is for all texts whose targets
+    # are tokens
+    language: Language = Language()
 
     def __post_init__(self) -> None:
         check_path("root", self.root)
@@ -161,7 +163,10 @@ class Source:
             raise ValueError(f"path = {self.path}: only dataset = npz has a path; leave it out")
         if self.table != Table() and self.dataset != "table":
             raise ValueError("table: only dataset = table has this block; leave it out")
-        if self.language != Language() and self.dataset not in LANGUAGE_DATASETS:
+        if self.language.packing and self.dataset not in (*LANGUAGE_DATASETS, *_TEXT_READERS):
+            raise ValueError("language.packing = true: only texts are packed; leave it out")
+        keys = replace(self.language, packing=False)
+        if keys != Language() and self.dataset not in LANGUAGE_DATASETS:
             raise ValueError(
                 "language: only dataset = text_lm or instruct has this block; leave it out"
             )
@@ -249,6 +254,11 @@ def load(source: Source, wanted: Targets | None = "classes") -> Data:
         )
     if wanted == "tokens":
         return _load_language(source)
+    if source.language.packing:
+        raise ValueError(
+            "language.packing = true: only texts that are learned token by token are packed; set "
+            "model.loss = next_token, or leave it out"
+        )
     if source.dataset in _TEXT_READERS:
         return _load_texts(source)
     if is_own:
@@ -271,7 +281,6 @@ def load(source: Source, wanted: Targets | None = "classes") -> Data:
             hints=folder.hints,
         )
     raw = _READERS[source.dataset](source)
-    assert isinstance(raw.train, Samples) and isinstance(raw.test, Samples)
     mean, std = _NORMALIZATION.get(source.dataset) or _channel_moments(raw.train.x)
     presets = {"auto": _AUGMENTATION.get(source.dataset, ()), "none": ()}
     augment = presets[source.augment] if isinstance(source.augment, str) else source.augment
@@ -326,13 +335,17 @@ def _load_own(source: Source, wanted: Targets | None) -> Data:
     return data
 
 
+def read_texts(source: Source) -> RawTexts:
+    """Return the texts and classes of ``ag_news`` or ``csv``; download and raise as ``load``."""
+    return _TEXT_READERS[source.dataset](source)
+
+
 def _load_texts(source: Source) -> Data:
     """Return a data set of texts, encoded with the given tokenizer.
 
     Without a tokenizer the vocabulary is made from the training texts.
     """
-    raw, text = _TEXT_READERS[source.dataset](source), source.text
-    assert isinstance(raw.train, LabelledTexts) and isinstance(raw.test, LabelledTexts)
+    raw, text = read_texts(source), source.text
     vocabulary = _vocabulary(text, raw.train.texts)
     train, test = (
         Samples(vocabulary.encode(side.texts), torch.tensor(side.y))
@@ -367,8 +380,7 @@ def _load_language(source: Source) -> Data:
             for key in ("train", "test")
         )
     else:
-        raw = _TEXT_READERS[source.dataset](source)
-        assert isinstance(raw.train, LabelledTexts) and isinstance(raw.test, LabelledTexts)
+        raw = read_texts(source)
         train, test = (LanguageTexts.whole(side.texts) for side in (raw.train, raw.test))
         topics = np.array(raw.train.y, np.int64), np.array(raw.test.y, np.int64)
         names, hints = raw.class_names, raw.hints
@@ -512,7 +524,7 @@ def _synthetic(source: Source) -> RawData:
     )
 
 
-def _ag_news(source: Source) -> RawData:
+def _ag_news(source: Source) -> RawTexts:
     folder = os.path.join(str(expand_home(source.root)), "AG_NEWS")
     if source.download:
         with _explain_missing_files(source, folder):
@@ -531,7 +543,7 @@ _AG_NEWS_MD5 = {
 }
 
 
-_TEXT_READERS: dict[str, Callable[[Source], RawData]] = {
+_TEXT_READERS: dict[str, Callable[[Source], RawTexts]] = {
     "ag_news": _ag_news,
     "csv": lambda source: read_csv(str(expand_home(source.root)), source.text),
 }

@@ -21,13 +21,16 @@ from .texts import Text, Vocabulary
 
 @dataclass(frozen=True)
 class Language:
-    """The ``data.language`` block: where a line of JSON has its texts and its client."""
+    """The ``data.language`` block: where a line of JSON has its texts and its client, and whether
+    short texts share an input.
+    """
 
     text: str = "text"  # text_lm: the key of the text
     prompt: str = "prompt"  # instruct: the keys of both parts
     response: str = "response"
     template: str = "{prompt}"  # instruct: the lines in front of a response
     client: str | None = None  # the key of the client, for partition.kind = given
+    packing: bool = False  # several texts of a client in one input, see ``packing``
 
     def __post_init__(self) -> None:
         if "{prompt}" not in self.template:

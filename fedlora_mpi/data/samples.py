@@ -22,11 +22,21 @@ class LabelledTexts(NamedTuple):
     y: list[int]
 
 
+class RawTexts(NamedTuple):
+    """A data set of texts as read: as ``RawData``."""
+
+    train: LabelledTexts
+    test: LabelledTexts
+    classes: int
+    class_names: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+
+
 class RawData(NamedTuple):
     """A data set as read: both sides, its classes, and hints about the files."""
 
-    train: Samples | LabelledTexts
-    test: Samples | LabelledTexts
+    train: Samples
+    test: Samples
     classes: int
     class_names: tuple[str, ...] = ()  # empty if the classes have no names
     hints: tuple[str, ...] = ()  # one line each, "key = value: what was seen"

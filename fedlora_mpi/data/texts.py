@@ -167,20 +167,49 @@ class Vocabulary:
         return _import_tokenizers().Tokenizer.from_str(self.json)
 
 
+def train_byte_pairs(texts: Sequence[str], tokens: int) -> str:
+    """Return a tokenizer.json of ``tokens`` tokens for ``texts``: byte pairs, as GPT-2 has them.
+
+    Texts are normalised to Unicode form NFKC and lower case. Every text can be written in its
+    tokens, so there is no unknown word. Token id 0 is padding. A pure function of the arguments.
+    Raises ValueError if the library tokenizers is not installed.
+    """
+    library = _import_tokenizers()
+    bytes_ = library.pre_tokenizers.ByteLevel
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.normalizer = _normalizer(library)
+    tokenizer.pre_tokenizer = bytes_(add_prefix_space=True)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=tokens,
+        special_tokens=list(_SPECIAL[:1]),
+        initial_alphabet=bytes_.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str()
+
+
 def _word_level_tokenizer(library, words: dict[str, int]) -> "Tokenizer":
     """Return a tokenizer with these words and their token ids."""
     tokenizer = library.Tokenizer(library.models.WordLevel(words, unk_token=_SPECIAL[1]))
-    tokenizer.normalizer = library.normalizers.Sequence(
-        [library.normalizers.NFKC(), library.normalizers.Lowercase()]
-    )
+    tokenizer.normalizer = _normalizer(library)
     tokenizer.pre_tokenizer = library.pre_tokenizers.Whitespace()
     return tokenizer
+
+
+def _normalizer(library):
+    """Return a normaliser to Unicode form NFKC and lower case."""
+    return library.normalizers.Sequence(
+        [library.normalizers.NFKC(), library.normalizers.Lowercase()]
+    )
 
 
 def _import_tokenizers():
     """Import tokenizers with the submodules used here; raise ValueError if it is not installed."""
     try:
         import tokenizers
+        import tokenizers.decoders
         import tokenizers.models
         import tokenizers.normalizers
         import tokenizers.pre_tokenizers

@@ -46,6 +46,7 @@ class Assembly:
     config: Config  # every ``auto`` decided
     federation: Federation
     split: Split
+    sample_split: Split  # as in ``Parts``
     input_shape: tuple[int, ...]  # of one input
     run_digest: str  # of all that must not change on a resume
     vocabulary: Vocabulary | None = None  # of the texts
@@ -97,7 +98,8 @@ def _assemble(
     parts: Parts, config: Config, source: str, comm: Comm, workers: Sequence[int]
 ) -> Assembly:
     data, split = parts.data, parts.split
-    clients = _clients(parts, config, parts.client_types(config.train, config.engine), split)
+    types = parts.client_types(config.train, config.engine)
+    clients = _clients(parts, config, types, parts.sample_split)
     placement = _place(clients, config, comm, workers)
     tasks = [clients]
     if config.data.tasks:
@@ -140,6 +142,7 @@ def _assemble(
         config,
         federation,
         split,
+        parts.sample_split,
         data.shape,
         digest,
         data.vocabulary,

@@ -108,7 +108,7 @@ def choose_engine(
             config.rounds
             * config.participation
             * config.train.epochs
-            * sum(map(len, parts.split.train))
+            * sum(map(len, parts.sample_split.train))
         )
         speeds = measure_engines(
             config.engine,
@@ -142,7 +142,7 @@ def _speed_candidates(parts: Parts, train: LocalTraining, engine: Engine) -> lis
             for client, type_number in enumerate(parts.type_of_client)
             if type_number == number
         ]
-        largest = sorted(clients_of_kind, key=lambda client: -len(parts.split.train[client]))
+        largest = sorted(clients_of_kind, key=lambda client: -len(parts.sample_split.train[client]))
         client_count = 1
         if engine.path == "stack":
             assert isinstance(engine.group_size, int), engine.group_size

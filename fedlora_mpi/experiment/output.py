@@ -315,7 +315,10 @@ def _companion_texts(assembly: Assembly) -> dict[str, str]:
     texts = {}
     for number, network in enumerate(assembly.config.model.mix):
         for config_file in (
-            file for origin in network.origins for file in origin.files if file.suffix == ".json"
+            file
+            for origin in network.origins
+            for file in origin.files
+            if origin.key == "folder" and file.suffix == ".json"
         ):
             texts[f"network-{number}.json"] = config_file.read_text(encoding="utf-8")
     return texts | ({"vocabulary.json": assembly.vocabulary.json} if assembly.vocabulary else {})

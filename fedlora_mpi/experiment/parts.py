@@ -12,13 +12,15 @@ from .. import config as configs
 from ..aggregation.flat_layout import Layout
 from ..aggregation.topology import MixingMatrix, mixing_matrix
 from ..algorithm import Algorithm, LocalTraining, Transport, Variables, check_trainable
-from ..config import Config
+from ..components.lora import FineTuning
+from ..config import Config, Network
 from ..config.blocks import prefix_errors
 from ..core.losses import LOSSES, Loss, Targets, find_loss
 from ..core.names import display_name
 from ..core.seeds import rng
 from ..data.datasets import Data, load
 from ..data.feed import Feed
+from ..data.packing import pack_texts
 from ..data.partition import Split
 from ..engine.compiled import StepCompiler, need_compiler
 from ..engine.graphs import GraphCache
@@ -71,6 +73,8 @@ def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
     with prefix_errors(source, "algorithm"):
         _check_targets(config, data)
     for network in config.model.mix:
+        with prefix_errors(source, "model"):
+            _check_adapter(config.algorithm, network)
         if network.name == "hf" and data.vocabulary and not config.data.source.text.tokenizer:
             reason = "network hf reads the tokens of its own tokenizer; give it"
             raise ValueError(f"{source}: data.text.tokenizer = null: {reason}")
@@ -81,9 +85,11 @@ def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
                 *builder_inputs,
                 positions=data.shape[0] if data.targets == "tokens" else 0,
                 weights=network.weights,
+                adapter=network.adapter,
                 head=network.head,
                 output=network.output,
                 dtype=network.dtype,
+                packed=config.data.source.language.packing,
             )
             models.append(replace(model, loss=loss))
         with prefix_errors(source, "algorithm"), warnings.catch_warnings():
@@ -101,6 +107,15 @@ def _check_targets(config: Config, data: Data) -> None:
     if both := {*config.evaluate.metrics} & {*method.metrics}:
         raise ValueError(
             f"name = {name}: logs {min(both)} itself; leave it out of evaluate.metrics"
+        )
+
+
+def _check_adapter(method: Algorithm, network: Network) -> None:
+    """Raise ValueError if the network has an adapter from which the method would not start."""
+    if network.adapter is not None and not isinstance(method, FineTuning):
+        raise ValueError(
+            f"adapter = {network.adapter}: {configs.algorithm_name(method)} trains no low-rank "
+            "part beside frozen weights; leave it out, or choose a method such as fedit"
         )
 
 
@@ -136,12 +151,20 @@ def split_data(config: Config, source: str, data: Data) -> Split:
         return partition.split(train_y, test_y, data.label_classes, **owners)
 
 
+def make_samples(config: Config, data: Data, split: Split) -> tuple[Data, Split]:
+    """The samples that a feed holds, and who has which: packed rows of texts if the config says so,
+    else ``data`` and ``split`` themselves.
+    """
+    return pack_texts(data, split) if config.data.source.language.packing else (data, split)
+
+
 class Parts(NamedTuple):
     """What a run is made of, whatever its engine."""
 
     data: Data
     models: tuple[Model, ...]
     split: Split
+    sample_split: Split  # of the samples that a feed holds, see ``make_samples``
     feed: Feed | None  # a server that hosts nobody keeps no images
     # the kinds of clients: number of the network, the method
     variants: Sequence[tuple[int, Transport]]
@@ -197,12 +220,13 @@ def make_parts(
     data = load_data(config, source)
     models = load_models(config, source, data)
     split = split_data(config, source, data)
+    samples, sample_split = make_samples(config, data, split)
     feed = None
     if hosts_clients:
         with prefix_errors(source, "data"):
             feed = Feed(
-                data,
-                split,
+                samples,
+                sample_split,
                 seed=config.seed,
                 shift=config.data.source.shift,
                 device=device,
@@ -241,6 +265,7 @@ def make_parts(
         data,
         models,
         split,
+        sample_split,
         feed,
         variants,
         kind_of,

@@ -37,7 +37,7 @@ from ..models.weights import pack_safetensors
 from ..models.zoo import is_external
 from ..mpi.ending import Fault
 from ..store.files import write_atomic
-from .parts import load_data, load_models, tell_hints
+from .parts import load_data, load_models, make_samples, tell_hints
 
 
 def pretrain(
@@ -158,7 +158,8 @@ def _prepare(config: Config, source: str, classes: str | None) -> tuple[Trainer,
         "all its parameters are frozen (requires_grad is False); leave some to be trained",
     )
     split = pool_samples(data, parse_classes(classes, data.label_classes))
-    feed = Feed(data, split, seed=config.seed, shift="none", device=device, augment=True)
+    samples, sample_split = make_samples(config, data, split)
+    feed = Feed(samples, sample_split, seed=config.seed, shift="none", device=device, augment=True)
     settings = replace(config.train, epochs=1)
     trainer = Trainer(
         Transport(config.algorithm), model.to(device), settings, feed, device, stacked=False

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .packing import unpack
+
 
 class CausalBlock(nn.Module):
     """Causal self-attention, then a feedforward network, each after a norm and with a residual.
@@ -20,8 +22,11 @@ class CausalBlock(nn.Module):
         self.up, self.down = nn.Linear(width, feedforward), nn.Linear(feedforward, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output [B, L, width] for x [B, L, width]."""
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Return the block's output [B, L, width] for x [B, L, width].
+
+        hidden: whether a position does not see another one, [L, L] or [B, 1, L, L].
+        """
         z = self.norm1(x)
         query, key, value = (
             layer(z).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
@@ -29,8 +34,7 @@ class CausalBlock(nn.Module):
         )  # [B, heads, L, width / heads]
         # plain products, which vmap and the FLOP counter support
         scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-        future = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).triu(1)
-        shares = self.dropout(scores.masked_fill(future, float("-inf")).softmax(-1))
+        shares = self.dropout(scores.masked_fill(hidden, float("-inf")).softmax(-1))
         x = x + self.dropout(self.out((shares @ value).transpose(-3, -2).flatten(-2)))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
 
@@ -72,7 +76,25 @@ class GPT(nn.Module):
 
         A position sees itself and those before it, so padding at the end changes nothing.
         """
-        z = self.dropout(self.words(x) + self.places(torch.arange(x.shape[1], device=x.device)))
+        length = x.shape[1]
+        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        return self._logits(x, torch.arange(length, device=x.device), future)
+
+    def _logits(self, ids: Tensor, positions: Tensor, hidden: Tensor) -> Tensor:
+        """Return the logits for token ids [B, L] at ``positions`` [L] or [B, L].
+
+        hidden: as in ``CausalBlock``.
+        """
+        z = self.dropout(self.words(ids) + self.places(positions))
         for block in self.blocks:
-            z = block(z)
+            z = block(z, hidden)
         return self.head(self.norm(z))
+
+
+class PackedGPT(GPT):
+    """A GPT whose inputs are rows of several texts, see ``packing``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the next token [B, L, tokens] for packed token ids x [B, L]."""
+        texts = unpack(x, self.words.num_embeddings)
+        return self._logits(texts.ids, texts.positions, ~texts.visible[:, None])

@@ -19,6 +19,7 @@ from ..core.paths import expand_home
 from ..core.tree import Tree
 from ..core.vision import import_torchvision
 from . import weights
+from .packing import unpack
 
 
 class HuggingFace(nn.Module):
@@ -98,9 +99,13 @@ class CausalHuggingFace(nn.Module):
         length, dtype = x.shape[1], self.model.dtype
         shape = length, length
         future = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=x.device)
-        # added to the attention scores, see ``HuggingFace``
-        attention_bias = future.triu(1).expand(len(x), 1, length, length)
-        logits = self.model(input_ids=x, attention_mask=attention_bias, use_cache=False).logits
+        return self._logits(future.triu(1).expand(len(x), 1, length, length), input_ids=x)
+
+    def _logits(self, attention_bias: Tensor, **inputs: Tensor) -> Tensor:
+        """Return the logits of ``inputs`` with ``attention_bias`` [B, 1, L, L] on the attention
+        scores, see ``HuggingFace``.
+        """
+        logits = self.model(attention_mask=attention_bias, use_cache=False, **inputs).logits
         # a model may have more rows of embeddings than its tokenizer has tokens
         return logits[..., : self.tokens]
 
@@ -109,11 +114,29 @@ class CausalHuggingFace(nn.Module):
         return False
 
 
+class PackedHuggingFace(CausalHuggingFace):
+    """A causal language model whose inputs are rows of several texts, see ``packing``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the next token [B, L, tokens] of packed token ids x [B, L]."""
+        texts, dtype = unpack(x, self.tokens), self.model.dtype
+        attention_bias = torch.zeros(texts.visible.shape, dtype=dtype, device=x.device).masked_fill(
+            ~texts.visible, torch.finfo(dtype).min
+        )
+        return self._logits(
+            attention_bias[:, None], input_ids=texts.ids, position_ids=texts.positions
+        )
+
+
 def load_causal(
-    folder: str, length: int, tokens: int, dtype: torch.dtype = torch.float32
+    folder: str,
+    length: int,
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
+    packed: bool = False,
 ) -> CausalHuggingFace:
     """Return the language model in ``folder`` for texts of ``length`` token ids below ``tokens``,
-    with parameters of type ``dtype``.
+    with parameters of type ``dtype``; ``packed``: for rows of several texts.
 
     The network is drawn from torch's global generator if ``folder`` is a config.json alone. Raises
     ValueError if a weight is missing or does not fit, if the model has fewer tokens, if it refuses
@@ -137,7 +160,7 @@ def load_causal(
         raise ValueError(
             f"folder = {folder}: reads texts of up to {longest} tokens, data.text.length = {length}"
         )
-    module = CausalHuggingFace(model, tokens)
+    module = (PackedHuggingFace if packed else CausalHuggingFace)(model, tokens)
     _check_causal(module, folder, length)
     return module
 

@@ -26,6 +26,8 @@ def matrix_kind(module: nn.Module, name: str, value: Tensor, products: dict[str,
         return ""
     if isinstance(owner, _ConvNd) and dims > 2:
         return "transposed" if isinstance(owner, _ConvTransposeNd) else "conv"
+    if _is_input_first(owner):
+        return "transposed"
     if isinstance(owner, _MATRIX_LAYERS) and (dims == 2 or isinstance(owner, nn.Bilinear)):
         return "linear"
     return products.get(name, "") if value.numel() > max(value.shape) else ""
@@ -71,6 +73,12 @@ def why_no_matrix(module: nn.Module, name: str, shape: tuple[int, ...], role: st
     return (
         "one row" if math.prod(shape) == max(shape) else "enters no matrix product or convolution"
     )
+
+
+def _is_input_first(owner: nn.Module) -> bool:
+    """Return whether the layer is transformers' Conv1D, a Linear whose weight is [in, out]."""
+    kind = type(owner)  # transformers is optional
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def _is_reparametrized(owner: nn.Module, name: str) -> bool:

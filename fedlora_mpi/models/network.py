@@ -12,7 +12,7 @@ the first place. It is ``body`` if any of its places is outside the classifier.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -56,6 +56,22 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     role: Role
     matrix: Matrix  # how a low-rank part reads it; "" if it cannot have one
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is read as the matrix of a linear map, which has no kernel."""
+        return self.matrix == "linear" or self.matrix == "transposed" and len(self.shape) == 2
+
+
+class StartAdapter(NamedTuple):
+    """A low-rank part from which methods start, beside the network's initial weights.
+
+    factors: {weight: (A [r, in side], B [out side, r], s)}; it starts as W_0 + s B A.
+    whole: the leaves whose initial values came with it.
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor, float]] = {}
+    whole: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -102,6 +118,7 @@ class Model:
     dtype: torch.dtype | None = None
     # names of the modules that training passes compute twice, see ``recomputing.py``
     recomputed: tuple[str, ...] = ()
+    adapter: StartAdapter = StartAdapter()
 
     def __call__(self, tree: Tree, x: Tensor) -> Tensor:
         return self._call(self.modules[self.training], self.leaf_names[0], tree, x, self.effects)
@@ -182,7 +199,8 @@ class Model:
             ) from None
         if self.dtype is not None:
             module_leaves = {
-                place: self._stored(leaf_names[place], v) for place, v in module_leaves.items()
+                place: self._cast_parameter(leaf_names[place], v)
+                for place, v in module_leaves.items()
             }
             x = x.to(self.dtype) if x.is_floating_point() else x
         if effects == Effects():
@@ -191,7 +209,7 @@ class Model:
             result = effects.run_module(module, module_leaves, x, self.training)
         return result if self.dtype is None else result.float()
 
-    def _stored(self, leaf: str, value: Tensor) -> Tensor:
+    def _cast_parameter(self, leaf: str, value: Tensor) -> Tensor:
         """Return the value of a leaf in the type ``dtype``, if it is a parameter."""
         is_parameter = leaf in self.frozen_leaves or self.role(leaf) not in (None, "stats")
         return value.to(self.dtype) if is_parameter and value.dtype != self.dtype else value

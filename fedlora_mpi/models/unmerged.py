@@ -28,9 +28,10 @@ _DESCRIPTIONS = {getattr(Tensor, name).__get__ for name in _PROPERTIES.split()} 
 class UnmergedWeight(Tensor):
     """The weight ``base`` + ``dense`` + scale B A, of two axes.
 
-    base, dense (or None): [O, I]; A: [r, I]; B: [O, r]. Under vmap, all but ``base`` may have a
-    client axis. ``F.linear`` with it, and ``torch.addmm`` as Hugging Face's Conv1D calls it,
-    compute the products of the parts; any other function gets the sum. ``base`` has no gradient.
+    base, dense (or None): [O, I]; A: [r, I]; B: [O, r]. With ``input_first`` the weight is stored
+    as [I, O], and so is ``base``, as in Hugging Face's Conv1D. Under vmap, all but ``base`` may
+    have a client axis. ``F.linear`` and ``torch.addmm`` with it compute the products of the parts;
+    any other function gets the sum. ``base`` has no gradient.
     """
 
     base: Tensor
@@ -38,21 +39,40 @@ class UnmergedWeight(Tensor):
     A: Tensor
     B: Tensor
     scale: float
+    input_first: bool
 
     @staticmethod
     def __new__(
-        cls, base: Tensor, dense: Tensor | None, A: Tensor, B: Tensor, scale: float
+        cls,
+        base: Tensor,
+        dense: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        input_first: bool = False,
     ) -> "UnmergedWeight":
         """Return the weight; it has the shape and type of ``base``."""
         weight = base.detach().as_subclass(cls)
         weight.base, weight.dense = base.detach(), dense
-        weight.A, weight.B, weight.scale = A, B, scale
+        weight.A, weight.B, weight.scale, weight.input_first = A, B, scale, input_first
         return weight
 
     def merge(self) -> Tensor:
-        """Return the sum of the parts [O, I], in the type of ``base``."""
-        update = self.scale * self.B @ self.A
-        return self.base + _plus(update, self.dense).to(self.base.dtype)
+        """Return the sum of the parts, in the shape and type of ``base``."""
+        update = _plus(self.scale * self.B @ self.A, self.dense)
+        return self.base + (update.mT if self.input_first else update).to(self.base.dtype)
+
+    def update_product(self, x: Tensor, by_input: bool) -> Tensor:
+        """Return x (W + s B A)^T for x [..., I] if ``by_input``, else x (W + s B A) for x [..., O].
+
+        W is ``dense``; the result has the type of A.
+        """
+        x = x.to(self.A.dtype)
+        if by_input:
+            update = self.scale * F.linear(F.linear(x, self.A), self.B)
+            return _plus(update, None if self.dense is None else F.linear(x, self.dense))
+        update = self.scale * (x @ self.B) @ self.A
+        return _plus(update, None if self.dense is None else x @ self.dense)
 
     @classmethod
     def __torch_function__(
@@ -77,24 +97,19 @@ def _plus(x: Tensor, y: Tensor | None) -> Tensor:
 
 
 def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Tensor | None:
-    """Return x W^T + bias; None if the weight is none of ours. x: [..., I]."""
+    """Return x W^T + bias of the stored weight W; None if it is none of ours."""
     if not isinstance(weight, UnmergedWeight) or isinstance(x, UnmergedWeight):
         return None
     y = F.linear(x, weight.base, bias)
-    z = x.to(weight.A.dtype)
-    update = weight.scale * F.linear(F.linear(z, weight.A), weight.B)
-    update = update if weight.dense is None else update + F.linear(z, weight.dense)
-    return y + update.to(y.dtype)
+    return y + weight.update_product(x, not weight.input_first).to(y.dtype)
 
 
 def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
-    """Return bias + x W; None if the weight is none of ours. x: [B, O] for W [O, I]."""
+    """Return beta bias + alpha x W of the stored weight W; None if it is none of ours."""
     if not isinstance(weight, UnmergedWeight) or isinstance(x, UnmergedWeight):
         return None
     y = torch.addmm(bias, x, weight.base, beta=beta, alpha=alpha)
-    z = x.to(weight.A.dtype)
-    update = weight.scale * (z @ weight.B) @ weight.A
-    return y + alpha * _plus(update, None if weight.dense is None else z @ weight.dense).to(y.dtype)
+    return y + alpha * weight.update_product(x, weight.input_first).to(y.dtype)
 
 
 _PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {F.linear: _linear, torch.addmm: _addmm}

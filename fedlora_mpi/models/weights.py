@@ -122,18 +122,26 @@ def load_weights(model: Model, tree: Tree) -> Model:
                 f"{name} is {file_shapes.get(name, 'absent')} in the file, "
                 f"{network_shapes.get(name, 'absent')} in the network; only the head may differ"
             )
-    skipped, values = () if all(map(has_same_shape, head)) else head, model.all_values
-    loaded = {
-        n: tree[n].to(values[n].dtype) for n in network_shapes if n in tree and n not in skipped
-    }
-    for name, value in loaded.items():
+    skipped = () if all(map(has_same_shape, head)) else head
+    return replace_values(
+        model, {n: tree[n] for n in network_shapes if n in tree and n not in skipped}
+    )
+
+
+def replace_values(model: Model, tree: Tree) -> Model:
+    """Return the same network with the leaves of ``tree``, frozen ones included, as initial values.
+
+    Each leaf keeps the dtype that it has in the network. Raises ValueError if it overflows there.
+    """
+    present = model.all_values
+    values = {n: v.to(present[n].dtype) for n, v in tree.items()}
+    for name, value in values.items():
         if not value.isfinite().all():
             raise ValueError(f"{name} has numbers that are not finite as {value.dtype}")
-    constants = model.constants | {n: v for n, v in loaded.items() if n in model.frozen_leaves}
     return replace(
         model,
-        initial=model.initial | {n: loaded[n] for n in model.leaves if n in loaded},
-        constants=constants,
+        initial=model.initial | {n: values[n] for n in model.leaves if n in values},
+        constants=model.constants | {n: values[n] for n in model.frozen_leaves if n in values},
     )
 
 

@@ -2,6 +2,7 @@
 
 A builder with a parameter ``tokens`` is for texts: inputs are [B, L] token ids below ``tokens``.
 Its parameter ``padding`` receives the token id of padding; without this parameter it must be 0.
+A builder with a parameter ``packed`` can make networks for rows of several texts, see ``packing``.
 """
 
 import itertools
@@ -18,11 +19,12 @@ from torch import nn
 
 from ..core.seeds import isolate_rng
 from ..core.user_code import describe_error, import_object
-from . import huggingface
+from . import huggingface, peft_files
 from . import weights as files
 from .coupling import couples_examples
-from .gpt import GPT
+from .gpt import GPT, PackedGPT
 from .network import Model, from_module
+from .packing import check_packing
 from .resnet import ResNet
 from .transformer import Transformer
 from .vision_transformer import VisionTransformer
@@ -116,6 +118,7 @@ def gpt(
     shape: tuple[int, ...],
     tokens: int,
     padding: int = 0,
+    packed: bool = False,
     *,
     width: int = 64,
     heads: int = 4,
@@ -126,7 +129,7 @@ def gpt(
 ) -> nn.Module:
     """A causal Transformer that predicts the next token of texts of up to ``shape[0]`` tokens."""
     sizes = _encoder_sizes(width, heads, layers, feedforward, dropout)
-    return GPT(shape[0], classes, tied=tied, **sizes)
+    return (PackedGPT if packed else GPT)(shape[0], classes, tied=tied, **sizes)
 
 
 def _encoder_sizes(
@@ -151,6 +154,7 @@ def hf(
     padding: int = 0,
     positions: int = 0,
     dtype: str | None = None,
+    packed: bool = False,
     *,
     folder: str,
     resize: bool = False,
@@ -168,7 +172,7 @@ def hf(
     if resize:
         raise ValueError("resize = true: the data are texts; leave it out")
     if positions:
-        return huggingface.load_causal(folder, shape[0], tokens, kind)
+        return huggingface.load_causal(folder, shape[0], tokens, kind, packed)
     return huggingface.load_classifier(folder, classes, shape[0], tokens, padding, kind)
 
 
@@ -233,26 +237,32 @@ def build(
     padding: int = 0,
     *,
     weights: str | None = None,
+    adapter: str | None = None,
     head: str | None = None,
     output: str | int | None = None,
     positions: int = 0,
     dtype: str | None = None,
+    packed: bool = False,
 ) -> Model:
     """Return the model ``name`` with initial weights drawn from ``seed``, or read from ``weights``.
 
     ``name`` is a key of BUILDERS, ``torchvision:<model>`` (any classification model), or
     ``module:callable``. The callable gets ``classes`` and ``shape`` (for texts also ``tokens``, and
     ``padding`` if it has that parameter) and returns an nn.Module. ``weights``: see
-    ``weights.find_file``; ``head``, ``output``, ``positions`` and ``dtype`` (torch's name): see
-    ``network.from_module``.
+    ``weights.find_file``; ``adapter``: see ``peft_files.load_adapter``; ``head``, ``output``,
+    ``positions`` and ``dtype`` (torch's name): see ``network.from_module``; ``packed``: whether an
+    input is a row of several texts.
 
     Raises ValueError if there is no such model, if it refuses its options or inputs, if the weights
-    are missing or do not fit, or if it has no such head or output.
+    or the adapter are missing or do not fit, if it has no such head or output, or if it cannot read
+    several texts in a row.
     """
     with isolate_rng(seed, "model"):
         own = _own_options(name, {"head": head, "output": output})
-        place = {"positions": positions, "dtype": dtype} if name == "hf" else {}
-        module = _build_module(name, {**options, **own, **place}, classes, shape, tokens, padding)
+        inputs = {"positions": positions, "dtype": dtype} if name == "hf" else {}
+        module = _build_module(
+            name, {**options, **own, **inputs}, classes, shape, tokens, padding, packed
+        )
         head = None if "head" in own else head
         output = None if "output" in own else output
         model = from_module(
@@ -268,14 +278,23 @@ def build(
         )
         if is_external(name) and not name.startswith("torchvision:"):
             model = replace(model, couples=couples_examples(model, seed))
-    if weights is None:
-        return model
-    try:
-        return files.load_weights(
-            model, files.read(*files.find_file(name, weights), keep_double=True)
-        )
-    except ValueError as error:
-        raise ValueError(f"weights = {weights}: {error}") from error
+    if packed:
+        try:
+            check_packing(partial(model.eval_mode(), model.initial), tokens, shape[0])
+        except ValueError as error:
+            raise ValueError(f"name = {name}: {error}") from error
+    if weights is not None:
+        try:
+            tree = files.read(*files.find_file(name, weights), keep_double=True)
+            model = files.load_weights(model, tree)
+        except ValueError as error:
+            raise ValueError(f"weights = {weights}: {error}") from error
+    if adapter is not None:
+        try:
+            model = peft_files.load_adapter(model, adapter)
+        except ValueError as error:
+            raise ValueError(f"adapter = {adapter}: {error}") from error
+    return model
 
 
 def _own_options(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -309,7 +328,9 @@ class Origin(NamedTuple):
     files: tuple[Path, ...]
 
 
-def find_origins(name: str, options: Mapping, weights: str | None) -> list[Origin]:
+def find_origins(
+    name: str, options: Mapping, weights: str | None, adapter: str | None
+) -> list[Origin]:
     """Return the files that ``build`` reads for the same arguments."""
     origins = []
     if name == "hf":
@@ -318,15 +339,28 @@ def find_origins(name: str, options: Mapping, weights: str | None) -> list[Origi
         )
     if weights is not None:
         origins.append(Origin("weights", weights, (files.find_file(name, weights).path,)))
+    if adapter is not None:
+        origins.append(Origin("adapter", adapter, peft_files.required_files(adapter)))
     return origins
 
 
 def _build_module(
-    name: str, options: dict, classes: int, shape: tuple[int, ...], tokens: int, padding: int
+    name: str,
+    options: dict,
+    classes: int,
+    shape: tuple[int, ...],
+    tokens: int,
+    padding: int,
+    packed: bool,
 ) -> nn.Module:
     try:
         builder = _builder(name)
-        arguments = {"classes": classes, "shape": shape}
+        arguments: dict[str, Any] = {"classes": classes, "shape": shape}
+        if packed and not _has_parameter(builder, "packed"):
+            raise ValueError(
+                "it reads one text at a time; set data.language.packing = false, or name gpt or hf"
+            )
+        arguments |= {"packed": True} if packed else {}
         is_for_texts = _has_parameter(builder, "tokens")
         if is_for_texts != (tokens > 0) and name not in _IMAGES_AND_TEXTS:
             inputs = "images" if len(shape) == 3 else "numbers"

@@ -185,7 +185,7 @@ def _evaluation_loads(
 
 
 def _score_seconds(assembly: Assembly, unit: UnitCosts, stack: Sequence[int]) -> float:
-    tests = [len(assembly.split.test[c]) for c in stack]
+    tests = [len(assembly.sample_split.test[c]) for c in stack]
     return unit.score.cost(tests, max(tests))
 
 

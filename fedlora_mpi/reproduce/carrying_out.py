@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ..config import resolved_yaml
+from ..core.losses import find_loss
 from ..data.datasets import load
 from ..experiment.loop import STOPPED_EXIT
 from ..experiment.processes import last_line, plan_slots
@@ -36,7 +37,7 @@ def reproduce(request: Request) -> int:
         print("\n".join(_slurm_lines(request, missing, "asks for the runs of the table")))
         return 0
     failed = {} if request.collect else _run_missing(request, trials, missing)
-    rates = choose_rates(trials, ResultStore(request.root_folder))
+    rates = choose_rates(trials, ResultStore(request.root_folder), tuning.score)
     return max(_report_failed(trials, failed), reproduce_grid(request, _make_grid(request, rates)))
 
 
@@ -120,8 +121,8 @@ def _run_missing(request: Request, jobs: Sequence[Job], missing: Sequence[Job]) 
         return {}
     _prepare(request, missing, report)
     # load each data set once here, so that a wrong --root fails once and not in every run
-    for source in {run.config.data.source for run in missing}:
-        load(replace(source, download=request.download))
+    for source, loss in {(run.config.data.source, run.config.model.loss) for run in missing}:
+        load(replace(source, download=request.download), find_loss(loss).targets)
     slots = plan_slots(request.jobs, request.ranks)
     num_started = sum(num_logged_rounds(run.folder) > 0 for run in missing)
     report(

@@ -23,12 +23,7 @@ def write_features(source: Source, to: Path, root: Path) -> None:
     minus their mean. The components keep their relative sizes; one factor gives all of them
     together the standard deviation 1. Deterministic. Raises ValueError for data that are neither.
     """
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "features: scikit-learn is not installed; pip install 'fedlora-mpi[digits]'"
-        ) from error
+    need_sklearn("features")
     data = load(source)
     if not (data.has_images or data.tokens):
         raise ValueError(f"data = {source.dataset}: features are made of images and texts alone")
@@ -48,6 +43,16 @@ def write_features(source: Source, to: Path, root: Path) -> None:
     np.savez(file, **arrays)
     with nolinks.open_folder(to.parent, root, create=True):
         write_atomic(to, file.getvalue(), root)
+
+
+def need_sklearn(what: str) -> None:
+    """Raise ValueError if scikit-learn is not installed, which makes ``what``."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"{what}: scikit-learn is not installed; pip install 'fedlora-mpi[digits]'"
+        ) from error
 
 
 def _principal_components(data: Data) -> tuple[np.ndarray, np.ndarray]:

@@ -7,25 +7,18 @@ W Q^T - W, which has full rank. Most clients have low ranks. The inputs are 256 
 set (``features``), the MLP is 256-128-classes, pretrained on the features that are not turned.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from ..data.datasets import Source, Text
-from ..store.reader import RunFiles
-from . import paper
 from .backbones import make_backbone
 from .features import WIDTH, write_features
-from .fedhl_table import LOGGED_COLUMNS, lora_entries, text_difference
+from .fedhl_table import lora_entries, text_difference
 from .grid import Case, Entry, Scale, Table, Tuning
-from .results import Result
-from .sheet import Cell, Sheet, spread_note
-from .tuned_sheet import late_note, rate_note, tuned_sheet
 
 TABLE_NAME = "fedhl_shift"
 RANKS = {  # client k has the (k mod 10)-th rank
@@ -50,7 +43,6 @@ KEYS = (
     "hetlora",
 )
 LABELS = {"fedhl": "FedHL, drift"}
-LEAST_SHARE = 0.05  # of ||D||^2 beyond the smallest rank, below which the claim cannot show
 HIDDEN = 128
 
 
@@ -162,54 +154,3 @@ TABLES = {
         tuning=TUNING,
     )
 }
-
-
-def shift_sheet(
-    title: str,
-    caution: str,
-    notes: Sequence[str],
-    cells: Sequence[Cell],
-    seeds: int,
-    results: Mapping[str, Sequence[Result]],
-) -> Sheet:
-    """The table of a case, beside FlexLoRA. Its first note says whether the claim can show."""
-    (base,) = lora_entries(("flexlora",), ())
-    explanations = [
-        _share_note(results.get("fedhl-samples", ())),
-        late_note(base, "the server's model")
-        + "; the other columns: means over the rounds, as `diagnose` explains them",
-        rate_note(TUNING),
-        f"the paper: ahead of the best other method by {paper.FEDHL}",
-        spread_note(seeds, "the paper's could not be had"),
-        *notes,
-    ]
-    return tuned_sheet(title, caution, explanations, cells, seeds, results, base, LOGGED_COLUMNS)
-
-
-def _share_note(results: Sequence[Result]) -> str:
-    """Whether the claim can show: how much of the server's update the smallest rank cannot hold."""
-    shares = [share for r in results if (share := tail_share(r)) is not None]
-    if not shares:
-        return "share of ||D||^2 beyond the smallest rank: unknown until `fedhl-samples` is done"
-    share = float(np.mean(shares))
-    verdict = (
-        f"; under {LEAST_SHARE:.0%}, so the claim cannot show here" if share < LEAST_SHARE else ""
-    )
-    return (
-        f"share of the server's update ||D||^2 beyond the smallest rank, with weights n_k after "
-        f"the last round: {share:.1%}{verdict}"
-    )
-
-
-def tail_share(result: Result) -> float | None:
-    """sum_{j > r_min} s_j^2 / sum_j s_j^2 of the server's update after the last round of a run of
-    FedHL; s_j are singular values. None if the run has no checkpoint of that round.
-    """
-    files, last = RunFiles(result.folder) if result.folder else None, result.job.config.rounds
-    if files is None or last not in files.checkpoints():
-        return None
-    assert isinstance(case := result.job.case, ShiftCase)
-    shared, smallest = files.checkpoint(last).shared(), min(RANKS[case.ranks])
-    tails = [leaf for name, leaf in shared.items() if name.startswith("tail.")]  # each [R + 1]
-    beyond = sum(float(tail[min(smallest, len(tail) - 1)]) for tail in tails)
-    return beyond / max(sum(float(tail[0]) for tail in tails), 1e-30)

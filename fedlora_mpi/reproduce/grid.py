@@ -1,7 +1,7 @@
 """The runs that a table of a paper needs, and the config of each."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -34,6 +34,19 @@ class Scale(NamedTuple):
             if size != full_size
         ]
         return ", ".join(changes)
+
+
+class Score(NamedTuple):
+    """What a table judges its methods by."""
+
+    column: str  # of the log
+    label: str
+    factor: float = 1.0  # of the numbers in the log
+    higher_is_better: bool = True
+
+
+ACCURACY = Score("accuracy", "accuracy in %", factor=100.0)
+PERPLEXITY = Score("perplexity", "perplexity", higher_is_better=False)
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,11 @@ class Case(ABC):
     def optimizer(self) -> Mapping[str, float]:
         """The config block ``train`` without epochs and batch size."""
 
+    @property
+    def metrics(self) -> Sequence[str]:
+        """The config key ``evaluate.metrics``."""
+        return ()
+
     def prepare(  # noqa: B027  (most cases need no file)
         self, root: str, download: bool, report: Callable[[str], None]
     ) -> None:
@@ -141,11 +159,12 @@ class Job(NamedTuple):
 
 class Tuning(NamedTuple):
     """How a table chooses the learning rate of each method: of ``rates`` the best with ``seed``, by
-    the accuracy of the last rounds. No run of the table has this seed.
+    the ``score`` of the last rounds. No run of the table has this seed.
     """
 
     rates: tuple[float, ...]
     seed: int
+    score: Score = ACCURACY
 
 
 @dataclass(frozen=True)
@@ -190,6 +209,7 @@ def make_job(
         },
         "topology": entry.topology,
         "faults": {"non_finite": entry.non_finite},
+        "evaluate": {"metrics": list(case.metrics)},
         "checkpoint": {"every": 10, "keep": 1},  # few, since a grid of runs fills a disk
     }
     return Job(entry, case, seed, from_dict(mapping, f"{name}.yaml"))

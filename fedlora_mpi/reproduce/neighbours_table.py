@@ -99,9 +99,9 @@ def skew_sheet(
     """The table of a case, beside FedAvg."""
     base = Entry("fedavg", LABELS["fedavg"], {"name": "fedavg"})
     explanations = [
-        late_note(base, "the shared model (decentralised: of each client's own)"),
+        late_note(base, "the shared model (decentralised: of each client's own)", TUNING.score),
         rate_note(TUNING),
         spread_note(seeds, "no published ± stands beside it"),
         *notes,
     ]
-    return tuned_sheet(title, caution, explanations, cells, seeds, results, base)
+    return tuned_sheet(title, caution, explanations, cells, seeds, results, base, TUNING.score)

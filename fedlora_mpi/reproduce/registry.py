@@ -7,6 +7,7 @@ from ..config.blocks import suggest
 from . import agnews_row as agnews
 from . import fedhl_shift_table as shift
 from . import fedhl_table as fedhl
+from . import fedhl_text_table as text
 from . import fedlora_tables as fedlora
 from . import neighbours_table as neighbours
 from . import pfedlora_table as pfedlora
@@ -18,6 +19,7 @@ TABLES = (
     | pfedlora.TABLES
     | fedhl.TABLES
     | shift.TABLES
+    | text.TABLES
     | neighbours.TABLES
 )
 

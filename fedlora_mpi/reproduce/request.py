@@ -9,6 +9,7 @@ from ..core.paths import expand_home
 from . import agnews_row as agnews
 from . import fedhl_shift_table as shift
 from . import fedhl_table as fedhl
+from . import fedhl_text_table as text
 from . import neighbours_table as neighbours
 from .fedlora_tables import DATASETS, DirichletCase
 from .grid import Case
@@ -20,16 +21,16 @@ from .registry import TABLES
 class Request:
     """The command line. An empty sequence, "" or None means the default.
 
-    data: cifar10; for ``table6`` ag_news; for ``fedhl`` and ``fedhl_shift`` both. alpha: 0.1; for
-    ``table6`` 1.0; for ``fedhl`` 0.5; for ``fedhl_shift`` 0.5 and inf; for ``neighbours`` 0.05 and
-    0.1; not for ``pfedlora``.
-    text_train: a file in AG_NEWS, for tables that may read it. model, width and participation: only
-    for ``fedhl``; lora_ranks: only for ``fedhl_shift``; default all, for model cnn. clients,
-    homogeneous, classes, samples, adapter, adapter_rank and target (per cent): only for
-    ``pfedlora``; clients by default 10, 50, 100 at full scale and 10 at small scale; target by
-    default the highest accuracy that all methods reach; for the others see ``ClientCounts``.
-    methods: all of the table. rounds: those of the scale. jobs: one per
-    GPU, or as many as the CPU cores allow.
+    data: cifar10; for ``table6`` and ``fedhl_text`` ag_news; for ``fedhl`` and ``fedhl_shift``
+    both. alpha: 0.1; for ``table6`` 1.0; for ``fedhl`` 0.5; for ``fedhl_shift`` 0.5 and inf; for
+    ``neighbours`` 0.05 and 0.1; not for ``pfedlora`` and ``fedhl_text``.
+    text_train: a file in AG_NEWS, for tables that may read it. model (cnn), width and participation:
+    only for ``fedhl``; lora_ranks: only for ``fedhl_shift``; split: only for ``fedhl_text``;
+    default all. clients, homogeneous, classes, samples, adapter, adapter_rank and target (per
+    cent): only for ``pfedlora``; clients by default 10, 50, 100 at full scale and 10 at small
+    scale; target by default the highest accuracy that all methods reach; for the others see
+    ``ClientCounts``. methods: all of the table. rounds: those of the scale. jobs: one per GPU, or
+    as many as the CPU cores allow.
     """
 
     table: str
@@ -46,6 +47,7 @@ class Request:
     width: Sequence[str] = ()
     participation: Sequence[float] = ()
     lora_ranks: Sequence[str] = ()
+    split: Sequence[str] = ()
     target: Sequence[float] = ()
     seeds: Sequence[int] = ()  # default: 1, 2, 3; at small scale 1, unless rates are tuned
     rounds: int | None = None
@@ -65,10 +67,11 @@ class Request:
                 raise ValueError(f"--{name} = {value}: must be an integer of at least 1")
         if self.scale == "medium" and self.table != "table1":
             raise ValueError("--scale = medium: only table1 has it; choose small or full")
-        if self.table == TABLE_NAME:
-            disallowed: dict[str, object] = {"alpha": self.alpha}
-        else:
-            disallowed = {
+        disallowed: dict[str, object] = {}
+        if self.table in (TABLE_NAME, text.TABLE_NAME):
+            disallowed["alpha"] = self.alpha
+        if self.table != TABLE_NAME:
+            disallowed |= {
                 "clients": self.clients,
                 "homogeneous": self.homogeneous,
                 "classes": self.classes,
@@ -77,8 +80,11 @@ class Request:
                 "adapter-rank": self.adapter_rank,
                 "target": self.target,
             }
-        if self.table not in (agnews.TABLE_NAME, fedhl.TABLE_NAME, shift.TABLE_NAME):
+        reads_texts = (agnews.TABLE_NAME, fedhl.TABLE_NAME, shift.TABLE_NAME, text.TABLE_NAME)
+        if self.table not in reads_texts:
             disallowed["text-train"] = self.text_train
+        if self.table != text.TABLE_NAME:
+            disallowed["split"] = self.split
         if self.table != shift.TABLE_NAME:
             disallowed["lora-ranks"] = self.lora_ranks
         if self.table != fedhl.TABLE_NAME:
@@ -123,6 +129,9 @@ class Request:
             file = self.text_train or agnews.TRAIN_FILE
             folder = self.table_folder
             return shift.shift_cases(self.data, self.lora_ranks, self.alpha, folder, file)
+        if self.table == text.TABLE_NAME:
+            file = self.text_train or agnews.TRAIN_FILE
+            return text.text_cases(self.data, self.split, self.table_folder, file)
         if self.table == neighbours.TABLE_NAME:
             return neighbours.skew_cases(self.data, self.alpha)
         datasets = self.data or ("cifar10",)

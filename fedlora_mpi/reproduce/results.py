@@ -10,7 +10,7 @@ from ..config import Config, digest, flatten, from_recorded
 from ..engine.settings import Engine
 from ..store.files import StoreError
 from ..store.reader import RunFiles
-from .grid import Job
+from .grid import Job, Score
 
 LATE_ROUNDS = 5
 
@@ -39,10 +39,9 @@ class Result:
         """The accuracy after the last round, per cent."""
         return 100 * float(self.rounds["accuracy"][-1])
 
-    @property
-    def late(self) -> float:
-        """The mean accuracy after each of the last ``LATE_ROUNDS`` rounds, per cent."""
-        return 100 * float(self.rounds["accuracy"][-LATE_ROUNDS:].mean())
+    def late(self, score: Score) -> float:
+        """The mean of a score after each of the last ``LATE_ROUNDS`` rounds."""
+        return score.factor * float(self.rounds[score.column][-LATE_ROUNDS:].mean())
 
 
 class ResultStore:

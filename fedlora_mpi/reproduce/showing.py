@@ -10,10 +10,12 @@ from ..store.files import write_atomic
 from . import costs, picture, sheet
 from . import fedhl_shift_table as shift
 from . import fedhl_table as fedhl
+from . import fedhl_text_table as fedhl_text
 from . import neighbours_table as neighbours
 from .grid import Case, Job
 from .paper import CLAIMS
 from .pfedlora_table import PAPER_TARGET, TABLE_NAME
+from .rank_sheet import rank_sheet
 from .registry import TABLES
 from .request import Request
 from .results import Result, ResultStore
@@ -99,8 +101,10 @@ def _make_sheets(
         notes.append(f"the paper: {CLAIMS['fig4']}")
     if request.table == fedhl.TABLE_NAME:
         return {"": fedhl.fedhl_sheet(title, caution, notes, cells, seeds, results)}
-    if request.table == shift.TABLE_NAME:
-        return {"": shift.shift_sheet(title, caution, notes, cells, seeds, results)}
+    if request.table in (shift.TABLE_NAME, fedhl_text.TABLE_NAME):
+        tuning = TABLES[request.table].tuning
+        assert tuning
+        return {"": rank_sheet(title, caution, notes, cells, seeds, results, tuning)}
     if request.table == neighbours.TABLE_NAME:
         return {"": neighbours.skew_sheet(title, caution, notes, cells, seeds, results)}
     if request.table == "table2":

@@ -1,10 +1,10 @@
-"""A table of methods that each have a learning rate of their own: late accuracy, and its gain."""
+"""A table of methods that each have a learning rate of their own: late score, and its gain."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .grid import Entry, Tuning
+from .grid import Entry, Score, Tuning
 from .paper import Accuracy
 from .results import LATE_ROUNDS, Result
 from .sheet import Cell, Sheet, format_accuracy, format_difference, seed_stat
@@ -18,21 +18,23 @@ def tuned_sheet(
     seeds: int,
     results: Mapping[str, Sequence[Result]],
     base: Entry,
+    score: Score,
     logged: Mapping[str, str] | None = None,
 ) -> Sheet:
-    """A row for each method: its learning rate, the accuracy in the last rounds, and how far it is
-    above that of ``base`` with the same seed.
+    """A row for each method: its learning rate, the score in the last rounds, and its difference
+    from that of ``base`` with the same seed.
 
     logged: column of the log -> heading; the mean over rounds and seeds.
     """
     columns = logged or {}
     rows = [("", "lr", "seeds", "late", f"- {base.label}", *columns.values())]
     records = []
-    base_late = {r.job.seed: r.late for r in results.get(base.key, ())}
+    base_late = {r.job.seed: r.late(score) for r in results.get(base.key, ())}
     for cell in cells:
         entry, found = cell.entry, results[cell.entry.key]
-        late = seed_stat([r.late for r in found])
-        gain = seed_stat([r.late - base_late[r.job.seed] for r in found if r.job.seed in base_late])
+        late_of = {r.job.seed: r.late(score) for r in found}
+        late = seed_stat([*late_of.values()])
+        gain = seed_stat([late_of[seed] - base_late[seed] for seed in late_of if seed in base_late])
         means = logged_means(found, columns)
         lr = np.nan if entry.lr is None else entry.lr
         rows.append(
@@ -42,7 +44,7 @@ def tuned_sheet(
                 f"{cell.num_seeds}/{seeds}",
                 format_accuracy(late),
                 format_gain(gain),
-                *(f"{number:.3g}" for number in means.values()),
+                *("-" if np.isnan(number) else f"{number:.3g}" for number in means.values()),
             )
         )
         records.append(
@@ -54,11 +56,12 @@ def tuned_sheet(
     return Sheet(title, caution, notes, rows, records)
 
 
-def late_note(base: Entry, judged: str) -> str:
-    """A note that explains the accuracy and the gain; ``judged`` says whose accuracy it is."""
+def late_note(base: Entry, judged: str, score: Score) -> str:
+    """A note that explains the score and the gain; ``judged`` says whose score it is."""
+    direction = "" if score.higher_is_better else ", lower is better"
     return (
-        f"late: accuracy in % of {judged}, mean over the clients' test data and over the last "
-        f"{LATE_ROUNDS} rounds; - {base.label}: the mean difference between equal seeds"
+        f"late: {score.label} of {judged}, mean over the clients' test data and over the last "
+        f"{LATE_ROUNDS} rounds{direction}; - {base.label}: the mean difference between equal seeds"
     )
 
 
@@ -75,8 +78,10 @@ def format_gain(value: Accuracy) -> str:
 
 
 def logged_means(results: Sequence[Result], columns: Mapping[str, str]) -> dict[str, float]:
-    """The columns of the log that ``columns`` names: the mean over rounds and seeds."""
+    """The columns of the log that ``columns`` names: the mean over rounds and seeds. NaN without a
+    result, or if the method logs no such column.
+    """
     return {
-        name: float(np.mean([r.rounds[name] for r in results])) if results else np.nan
+        name: float(np.mean([r.rounds.get(name, np.nan) for r in results])) if results else np.nan
         for name in columns
     }

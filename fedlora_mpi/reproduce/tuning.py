@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from math import inf, isnan
 
-from .grid import Case, Entry, Job, Tuning
+from .grid import Case, Entry, Job, Score, Tuning
 from .results import ResultStore
 
 Rates = dict[tuple[Case, str], float]  # (case, key of the entry) -> learning rate
@@ -16,11 +17,11 @@ def trial_entries(entries: Iterable[Entry], tuning: Tuning) -> Iterator[Entry]:
             yield replace(entry, key=_trial_key(entry.key, lr), lr=lr, non_finite="skip")
 
 
-def choose_rates(trials: Sequence[Job], store: ResultStore) -> Rates:
+def choose_rates(trials: Sequence[Job], store: ResultStore, score: Score) -> Rates:
     """The best learning rate of each method of each case.
 
-    It is the one with the highest accuracy in the last rounds, the lower one of two equal ones.
-    Trials that are not finished do not take part.
+    It is the one with the best ``score`` in the last rounds, the lower one of two equal ones. NaN
+    is the worst score. Trials that are not finished do not take part.
     """
     best: dict[tuple[Case, str], tuple[float, float]] = {}
     for job in trials:
@@ -28,7 +29,9 @@ def choose_rates(trials: Sequence[Job], store: ResultStore) -> Rates:
         if result is None or lr is None:
             continue
         place = (job.case, job.entry.key.removesuffix(_trial_key("", lr)))
-        best[place] = max(best.get(place, (-1.0, 0.0)), (result.late, -lr))
+        late = result.late(score) * (1 if score.higher_is_better else -1)
+        candidate = (-inf if isnan(late) else late, -lr)
+        best[place] = max(best.get(place, candidate), candidate)
     return {place: -negative_lr for place, (_, negative_lr) in best.items()}
 
 

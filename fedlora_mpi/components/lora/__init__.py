@@ -9,7 +9,9 @@ Every decomposed weight is W_0 + W + s_k B_k A_k.
   s_k   a scale
 
 The server's factors have the largest rank R; client k receives the first r_k components. Initially
-A ~ U(-1, 1) / sqrt(in side) and B = 0. No weight has more components than its shorter side.
+A ~ U(-1, 1) / sqrt(in side) and B = 0. No weight has more components than its shorter side. Where
+the network has an adapter, the first components are the adapter's, with B scaled so that s B A is
+the adapter's product; all clients have the adapter's file, as they have W_0.
 
 Leaves whose role is in ``full`` are trained in full, without factors, and averaged. Parameters that
 the network's builder has frozen are not trained themselves; they have factors if their role is not
@@ -132,7 +134,18 @@ class FineTuning(Algorithm):
         return diagnosis.FIGURES if self.diagnose else ()
 
     def check(self, model: Model, train: LocalTraining) -> None:
-        self.adapted_shapes(model)
+        shapes, max_rank = self.adapted_shapes(model), max(self.lora_ranks)
+        for name, (A, _, _) in model.adapter.factors.items():
+            if name not in shapes:
+                raise ValueError(
+                    f"layers = {list(self.layers)}: model.adapter has a low-rank part of {name}, "
+                    "and this method none; let layers match it, and full leave out its role"
+                )
+            if len(A) > max_rank:
+                raise ValueError(
+                    f"lora_ranks = {list(self.lora_ranks)}: model.adapter has rank {len(A)} at "
+                    f"{name}; the largest of lora_ranks must be at least that"
+                )
 
     def transport(self, client: int, clients: int) -> Transport:
         client_rank = self.client_rank(client, clients)
@@ -195,8 +208,13 @@ class FineTuning(Algorithm):
         factors, r = {}, max(self.lora_ranks)
         for name, (out_side, in_side) in self.adapted_shapes(model).items():
             rows = min(r, out_side, in_side)
-            factors[factor_name(name, "A")] = kaiming_uniform(rows, in_side, rng)
-            factors[factor_name(name, "B")] = torch.zeros(out_side, rows)
+            A, B = kaiming_uniform(rows, in_side, rng), torch.zeros(out_side, rows)
+            if name in model.adapter.factors:
+                A_0, B_0, s_0 = model.adapter.factors[name]
+                # with random rows of A and zeros of B no further component is dead
+                A = torch.cat([A_0, A[len(A_0) :]])[:rows]
+                B = torch.cat([B_0 * (s_0 / self.s), B[:, len(A_0) :]], 1)[:, :rows]
+            factors[factor_name(name, "A")], factors[factor_name(name, "B")] = A, B
         full = {n: v for n, v in model.initial.items() if self.is_fully_trained(model, n)}
         return Variables(full | factors, {})
 
@@ -204,6 +222,11 @@ class FineTuning(Algorithm):
         """Return the dense updates W = 0 of all decomposed weights."""
         shapes = self.adapted_shapes(model)
         return {factor_name(n, "W"): torch.zeros(*shape) for n, shape in shapes.items()}
+
+    def start_updates(self, model: Model) -> Tree:
+        """Return the dense updates W before round 1: the adapter's products, elsewhere 0."""
+        pairs = model.adapter.factors.items()
+        return self.zero_updates(model) | {factor_name(n, "W"): s * B @ A for n, (A, B, s) in pairs}
 
     def is_fully_trained(self, model: Model, leaf: str) -> bool:
         """Return whether a leaf is trained in full, without factors.
@@ -260,11 +283,17 @@ class FineTuning(Algorithm):
 
         A weight of which only slices have factors is none of them: torch's attention forms it.
         """
-        tree, (factors, W) = model.all_values, self.update_parts(shared)
+        tree, leaves, (factors, W) = model.all_values, model.all_leaves, self.update_parts(shared)
+
+        def combine(n, B):
+            input_first = leaves[n].matrix == "transposed"
+            A = factors[factor_name(n, "A")]
+            return UnmergedWeight(tree[n], W.get(n), A, B, self.s, input_first)
+
         return {
-            n: UnmergedWeight(tree[n], W.get(n), factors[factor_name(n, "A")], B, self.s)
+            n: combine(n, B)
             for n, B in factors_by_weight(factors, "B").items()
-            if n in tree and model.leaf(n).matrix == "linear" and tree[n].dim() == 2
+            if n in leaves and leaves[n].is_linear and tree[n].dim() == 2
         }
 
     def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:

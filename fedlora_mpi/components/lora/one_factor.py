@@ -20,7 +20,7 @@ class OneFactor(FineTuning):
 
     A client sends the round's factor and the leaves trained in full. It receives the factor of the
     previous round. In round 1 it receives no factor, because the initial factors follow from a
-    seed.
+    seed, or from the file of an adapter that all clients have.
     """
 
     @property

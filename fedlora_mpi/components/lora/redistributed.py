@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Generator
+from torch import Generator, Tensor
 
 from ...algorithm import Aggregate, Svd, Update, Variables
 from ...core.names import factor_name, is_factor
 from ...core.tree import Tree
 from ...models.network import Model
+from ..lowrank import right_singular_vectors
 from . import FineTuning, dense_updates
 
 
@@ -22,7 +23,7 @@ class RedistributedTuning(FineTuning):
     Shared leaves: "<weight>.W", and the factors A = V_R' and B = W V_R without a scale. If W has a
     rank below R, the remaining rows of A are orthonormal to the others and the corresponding
     columns of B are zero; so no component is dead. Before round 1 W = 0 has no singular directions,
-    and A is random.
+    and A is random; if the network has an adapter, W is its product.
     """
 
     # s_k is alpha / r_k (rank), alpha / sqrt(r_k) (root) or alpha / R (common); default: FlexLoRA's
@@ -34,7 +35,9 @@ class RedistributedTuning(FineTuning):
 
     def init(self, model: Model, rng: Generator) -> Variables:
         shared, personal = super().init(model, rng)[:2]
-        return Variables(shared | self.zero_updates(model), personal)
+        updates = self.start_updates(model)
+        adapted = {n: updates[factor_name(n, "W")] for n in model.adapter.factors}
+        return Variables(shared | updates | best_factors(adapted, shared, _decompose), personal)
 
     def receive(self, shared: Tree) -> Tree:
         client_leaves = super().receive({n: v for n, v in shared.items() if not is_factor(n, "W")})
@@ -69,3 +72,8 @@ def best_factors(W: Tree, shared: Tree, svd: Svd) -> Tree:
     V = svd({n: (w, len(shared[factor_name(n, "A")])) for n, w in W.items()})
     A = {factor_name(n, "A"): v for n, v in V.items()}
     return A | {factor_name(n, "B"): W[n] @ v.T for n, v in V.items()}
+
+
+def _decompose(matrices: dict[str, tuple[Tensor, int]]) -> Tree:
+    """Return the result of ``Svd``, computed here."""
+    return {n: right_singular_vectors(W, rows) for n, (W, rows) in matrices.items()}
