@@ -24,7 +24,7 @@ class Request:
     data: cifar10; for ``table6`` and ``fedhl_text`` ag_news; for ``fedhl`` and ``fedhl_shift``
     both. alpha: 0.1; for ``table6`` 1.0; for ``fedhl`` 0.5; for ``fedhl_shift`` 0.5 and inf; for
     ``neighbours`` 0.05 and 0.1; not for ``pfedlora`` and ``fedhl_text``.
-    text_train: a file in AG_NEWS, for tables that may read it. model (cnn), width and participation:
+    text_train: a file in AG_NEWS, for tables that may read it. model, width, participation:
     only for ``fedhl``; lora_ranks: only for ``fedhl_shift``; split: only for ``fedhl_text``;
     default all. clients, homogeneous, classes, samples, adapter, adapter_rank and target (per
     cent): only for ``pfedlora``; clients by default 10, 50, 100 at full scale and 10 at small
