@@ -433,11 +433,10 @@ def test_a_decoder_is_refused(tmp_path):
     )
 
 
-def test_it_is_not_for_images(bert):
-    with pytest.raises(
-        ValueError, match="^name = hf: cannot be built: it is for texts, the data are images"
-    ):
-        zoo.build("hf", {"folder": str(bert)}, 3, (1, 8, 8), 1)
+def test_a_model_of_texts_does_not_enlarge(bert):
+    refused_options = {"folder": str(bert), "resize": True}
+    with pytest.raises(ValueError, match="built: resize = true: the data are texts; leave it out$"):
+        zoo.build("hf", refused_options, CLASSES, (LENGTH,), 1, TOKENS, 0)
 
 
 def test_a_network_that_takes_0_for_padding_is_told():

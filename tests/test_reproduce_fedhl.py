@@ -12,6 +12,7 @@ import pytest
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
+from fedlora_mpi.models import zoo
 from fedlora_mpi.reproduce import backbones
 from fedlora_mpi.reproduce import fedhl_table as fedhl
 from fedlora_mpi.reproduce.fedhl_table import (
@@ -30,6 +31,7 @@ from fedlora_mpi.reproduce.sheet import Cell
 
 OUT = Path("/out/fedhl")
 CASES = [(data, width) for data in BACKBONES for width in WIDTHS]
+NETWORKS = [(data, network) for data, networks in BACKBONES.items() for network in networks]
 METHODS = {
     "fedit",
     "flexlora",
@@ -70,7 +72,31 @@ def test_all_cases_are_made_unless_some_are_named():
     )
 
 
-@pytest.mark.parametrize("data, width", CASES)
+def test_a_vit_is_asked_for_by_its_model():
+    def names(**options):
+        return {case.name for case in Request(TABLE_NAME, participation=(1.0,), **options).cases}
+
+    vit = "cifar10-vit-part1-alpha0.5"
+    assert names(model=("vit",)) == names(model=("vit",), data=("cifar10",)) == {vit}
+    assert names(model=("cnn",)) == names() == {f"{d}-{w}-part1-alpha0.5" for d, w in CASES}
+    assert names(model=("cnn", "vit")) == names() | {vit}
+    both = names(model=("vit", "cnn"), width=("wide",), data=("cifar10",))
+    assert both == {vit, "cifar10-wide-part1-alpha0.5"}
+
+
+def test_clients_of_a_vit_adapt_q_and_v_of_every_block():
+    case = FineTuningCase("cifar10", "vit", 1.0, OUT)
+    network = run_of(case, "fedit").config.model.mix[0]
+    model = zoo.build(network.name, network.options, 10, (3, 32, 32), 1)
+    for entry in table_entries(TABLE_NAME, case, case.scale_sizes("small")):
+        config = run_of(case, entry.key).config
+        assert list(config.algorithm.adapted_shapes(model)) == [
+            f"blocks.{k}.attention.in_proj_weight:{m}" for k in range(6) for m in "qv"
+        ]
+        assert max(RANKS) < 96  # no client's rank holds a whole slice
+
+
+@pytest.mark.parametrize("data, width", NETWORKS)
 @pytest.mark.parametrize("scale", ["small", "full"])
 def test_every_method_has_a_valid_config(data, width, scale, tmp_path):
     case = FineTuningCase(data, width, 0.4, OUT)
@@ -96,7 +122,7 @@ def test_all_methods_have_the_same_ranks_and_scale_and_are_judged_by_the_servers
         assert algorithm.diagnose
 
 
-@pytest.mark.parametrize("data, width", CASES)
+@pytest.mark.parametrize("data, width", NETWORKS)
 def test_a_backbone_has_the_network_and_the_words_of_its_runs(data, width, monkeypatch):
     case = FineTuningCase(data, width, 1.0, OUT, train_file="part.csv")
     asked = []
@@ -116,6 +142,16 @@ def test_a_backbone_has_the_network_and_the_words_of_its_runs(data, width, monke
         (["fedhl", "--participation", "0"], "--participation = 0: must be above 0 and at most 1"),
         (["fedhl", "--clients", "10"], "--clients: fedhl has no such choice"),
         (["table1", "--width", "wide"], "--width: table1 has no such choice"),
+        (["table1", "--model", "vit"], "--model: table1 has no such choice; leave it out"),
+        (["fedhl_shift", "--model", "cnn"], "--model: fedhl_shift has no such choice"),
+        (
+            ["fedhl", "--model", "vit", "--data", "ag_news"],
+            "--model = vit: is for images; leave it out for ag_news",
+        ),
+        (
+            ["fedhl", "--model", "vit", "--width", "wide"],
+            "--width = wide: vit has one width; leave it out",
+        ),
         (["pfedlora", "--participation", "1"], "--participation: pfedlora has no such choice"),
         (["fedhl", "--methods", "fedavg"], "--methods = fedavg: fedhl has fedit, flexlora"),
     ],

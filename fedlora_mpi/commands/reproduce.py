@@ -134,8 +134,14 @@ OPTIONS = (
         ("pfedlora",),
     ),
     Option(
+        "--model",
+        "cnn (for texts an encoder), or vit, for cifar10 alone: LoRA on q and v (default cnn)",
+        ONE_OR_MORE | {"choices": ("cnn", "vit")},
+        ("fedhl",),
+    ),
+    Option(
         "--width",
-        "of the network (default both)",
+        "of the network (default both); a vit has one",
         ONE_OR_MORE | {"choices": ("narrow", "wide")},
         ("fedhl",),
     ),

@@ -22,7 +22,7 @@ At full rank every weight can be any matrix: Conv1d [8, 3, 5] is [8, 15], rank 8
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -32,7 +32,7 @@ from torch import Generator, Tensor
 
 from ..algorithm import LocalTraining, Loss, Phase, Step, Variables
 from ..core.bounds import bounded
-from ..core.names import factor_name, factors_by_weight, is_factor
+from ..core.names import factor_name, factors_by_weight, is_factor, sliced_weight
 from ..core.tree import Tree, split
 from ..models.network import Leaf, Model
 
@@ -137,17 +137,17 @@ class LowRank:
 
         Raises ValueError when ``layers`` matches none.
         """
-        return {name: self._rank(model.leaves[name]) for name in match_weights(model, self.layers)}
+        return {n: self._rank(leaf) for n, leaf in match_weights(model, self.layers).items()}
 
     def scales(self, model: Model) -> dict[str, float]:
         """Return s of every decomposed weight."""
-        return {name: self._scale(model.leaves[name]) for name in self.ranks(model)}
+        return {n: self._scale(leaf) for n, leaf in match_weights(model, self.layers).items()}
 
     def factors(self, model: Model, rng: Generator) -> Tree:
         """Return the initial A and B of every decomposed weight."""
         tree = {}
-        for name, r in self.ranks(model).items():
-            out_side, in_side = matrix_shape(model.leaves[name])
+        for name, leaf in match_weights(model, self.layers).items():
+            (out_side, in_side), r = matrix_shape(leaf), self._rank(leaf)
             tree[factor_name(name, "A")] = kaiming_uniform(r, in_side, rng)
             tree[factor_name(name, "B")] = torch.zeros(out_side, r)
         return tree
@@ -156,10 +156,9 @@ class LowRank:
         """Return {weight: s B A in the weight's shape}, at a matrix product per weight."""
         products = {}
         for name, B in factors_by_weight(factors, "B").items():
-            leaf = model.leaves[name]
-            product = (B * self._scale(leaf)) @ factors[factor_name(name, "A")]
-            products[name] = as_weight(product, leaf)
-        return products
+            s = self._scale(model.leaf(name))
+            products[name] = (B * s) @ factors[factor_name(name, "A")]
+        return as_updates(products, model)
 
     def _rank(self, leaf: Leaf) -> int:
         full = min(matrix_shape(leaf))
@@ -200,6 +199,23 @@ def as_weight(matrix: Tensor, leaf: Leaf) -> Tensor:
     return matrix.mT.reshape(leaf.shape) if leaf.matrix == "transposed" else matrix.view(leaf.shape)
 
 
+def as_updates(matrices: Tree, model: Model) -> Tree:
+    """Return {weight: its update, in its shape}.
+
+    matrices: {weight or slice: its update [out side, in side]}. Where some slices of a weight have
+    an update, that of the others is zero.
+    """
+    leaves = model.all_leaves
+    updates = {n: as_weight(d, leaves[n]) for n, d in matrices.items() if n in leaves}
+    for weight, fused in model.fused.items():
+        slices = model.slices(weight)
+        given = {n: as_weight(matrices[n], leaf) for n, leaf in slices.items() if n in matrices}
+        if given:
+            zero = torch.zeros_like(next(iter(given.values())))
+            updates[weight] = torch.cat([given.get(n, zero) for n in slices], fused.axis)
+    return updates
+
+
 def _channels(leaf: Leaf) -> tuple[int, int]:
     """Return (out, in) channels of a convolution's weight; of grouped ones, one group's."""
     first, second = leaf.shape[:2]
@@ -211,37 +227,51 @@ def _kernel_height(leaf: Leaf) -> int:
     return leaf.shape[2] if len(leaf.shape) > 3 else 1
 
 
-def match_weights(model: Model, patterns: Iterable[str], frozen: bool = False) -> list[str]:
+def match_weights(model: Model, patterns: Sequence[str], frozen: bool = False) -> dict[str, Leaf]:
     """Return the weights that match a pattern and can have a low-rank part.
 
-    With ``frozen`` this includes weights that the network's builder has frozen. Raises ValueError
-    when a pattern matches none.
+    A pattern with a colon also matches slices of weights: ``*.in_proj_weight:q``. With ``frozen``
+    the result includes weights that the network's builder has frozen. Raises ValueError when a
+    pattern matches none, or when a weight matches as well as a slice of it.
     """
-    matrices = [
-        n for n, leaf in (model.all_leaves if frozen else model.leaves).items() if leaf.matrix
-    ]
+    leaves = model.all_leaves if frozen else model.leaves
+    matrices = {n: leaf for n, leaf in leaves.items() if leaf.matrix}
+    slices = {n: leaf for weight in matrices for n, leaf in model.slices(weight).items()}
+
+    def is_match(name, pattern):
+        return fnmatchcase(name, pattern) and (":" in pattern or name not in slices)
+
+    candidates = matrices | slices
     for pattern in patterns:
-        if any(fnmatchcase(n, pattern) for n in matrices):
-            continue
-        if frozen_names := [
-            n for n, leaf in model.frozen_leaves.items() if leaf.matrix and fnmatchcase(n, pattern)
-        ]:
+        if not any(is_match(n, pattern) for n in candidates):
+            names = list(slices) if ":" in pattern else list(matrices)
+            raise ValueError(f"layers = {pattern}: {_explain_no_match(model, pattern, names)}")
+    matches = {n: v for n, v in candidates.items() if any(is_match(n, p) for p in patterns)}
+    for name in slices:
+        if name in matches and sliced_weight(name) in matches:
             raise ValueError(
-                f"layers = {pattern}: matches only weights that are frozen, such as "
-                f"{frozen_names[0]}, which this method leaves as they are; fedit and its kin train "
-                "low-rank parts beside such weights"
+                f"layers = {list(patterns)}: match {sliced_weight(name)} and its slice {name}; "
+                "name one of them"
             )
-        rejections = [
-            f"{n}: {model.why_no_matrix(n)}" for n in model.all_leaves if fnmatchcase(n, pattern)
-        ] + [
-            f"{n}: tied, name {first}" for n, first in model.ties.items() if fnmatchcase(n, pattern)
-        ]
-        explanation = f" that can be decomposed ({join_first(rejections)})" if rejections else ""
-        raise ValueError(
-            f"layers = {pattern}: matches no weight{explanation}; there are "
-            f"{', '.join(matrices) or 'none'}"
+    return matches
+
+
+def _explain_no_match(model: Model, pattern: str, names: Sequence[str]) -> str:
+    """Return why a pattern matches no weight; names: those that it could match."""
+    if frozen_names := [
+        n for n, leaf in model.frozen_leaves.items() if leaf.matrix and fnmatchcase(n, pattern)
+    ]:
+        return (
+            f"matches only weights that are frozen, such as {frozen_names[0]}, which this method "
+            "leaves as they are; fedit and its kin train low-rank parts beside such weights"
         )
-    return [n for n in matrices if any(fnmatchcase(n, pattern) for pattern in patterns)]
+    if ":" in pattern:
+        return f"matches no slice of a weight; there are {join_first(names) or 'none'}"
+    rejections = [
+        f"{n}: {model.why_no_matrix(n)}" for n in model.all_leaves if fnmatchcase(n, pattern)
+    ] + [f"{n}: tied, name {first}" for n, first in model.ties.items() if fnmatchcase(n, pattern)]
+    explanation = f" that can be decomposed ({join_first(rejections)})" if rejections else ""
+    return f"matches no weight{explanation}; there are {', '.join(names) or 'none'}"
 
 
 def skipped_weights(
@@ -253,7 +283,8 @@ def skipped_weights(
     """
     reasons = {}
     for name, leaf in model.all_leaves.items():
-        if len(leaf.shape) < 2 or leaf.role == "stats" or name in low_rank:
+        decomposed = {name, *model.slices(name)} & low_rank.keys()
+        if len(leaf.shape) < 2 or leaf.role == "stats" or decomposed:
             continue
         reason = (
             "trained in full"

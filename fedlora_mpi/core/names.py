@@ -11,6 +11,9 @@ begins or ends with a dot or has two dots in a row. The names of a method's own 
 A factor begins with a weight's path, the other two with a dot. In the files of a run the same
 leaves have plain names, ``last.conv1.weight``, ``fresh`` and ``conv1.weight.A``, unless two leaves
 would then share a name (``stored_names``).
+
+Some weights hold the matrices of several products. ``in_proj_weight:q`` is the slice of
+``in_proj_weight`` with the matrix q (``slice_name``), and ``in_proj_weight:q..A`` a factor of it.
 """
 
 from collections import Counter
@@ -28,6 +31,16 @@ def method_leaf_name(prefix: str, leaf: str = "") -> str:
 def is_method_leaf(leaf: str) -> bool:
     """Whether a leaf is a method's own, such as a factor, and not the network's."""
     return leaf.startswith(".") or ".." in leaf
+
+
+def slice_name(weight: str, matrix: str) -> str:
+    """The name of the slice of a weight that holds one of its matrices."""
+    return f"{weight}:{matrix}"
+
+
+def sliced_weight(name: str) -> str:
+    """The name of the weight of which ``name`` is a slice."""
+    return name.rpartition(":")[0]
 
 
 def factor_name(weight: str, letter: str) -> str:

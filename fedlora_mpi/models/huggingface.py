@@ -1,8 +1,8 @@
-"""Load a sequence classifier or a causal language model of Hugging Face's transformers from a
-local folder.
+"""Load a classifier of texts or images, or a causal language model, of Hugging Face's transformers
+from a local folder.
 
-Its inputs are token ids. Nothing is downloaded and no code from the folder runs. Leaves have their
-names in transformers, with the prefix ``model.``.
+Nothing is downloaded and no code from the folder runs. Leaves have their names in transformers,
+with the prefix ``model.``.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.paths import expand_home
@@ -28,13 +29,14 @@ class HuggingFace(nn.Module):
     """
 
     PREFIX = "model."  # in front of transformers' names
-    TASK = "SEQ_CLS"  # in peft's words
+    TASK: str | None = "SEQ_CLS"  # in peft's words
 
     def __init__(self, model: nn.Module, fresh: frozenset[str]) -> None:
         super().__init__()
         config: Any = model.config  # transformers is optional, and so are its types
         self.model: Any = model
-        self.fresh, self.padding = fresh, config.pad_token_id
+        self.fresh = fresh
+        self.padding: Any = getattr(config, "pad_token_id", None)  # images have none
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [B, classes] of token ids x [B, L]. Padding is masked."""
@@ -54,6 +56,28 @@ class HuggingFace(nn.Module):
         ``name`` is the leaf's name in transformers.
         """
         return not name.startswith(f"{self.model.base_model_prefix}.")
+
+
+class ImageHuggingFace(HuggingFace):
+    """A network around ``model``, a ``...ForImageClassification`` of transformers.
+
+    ``size``: (height, width) in pixels to which images are enlarged; None: they are read as they
+    are.
+    """
+
+    TASK = None  # peft has no word for it
+
+    def __init__(
+        self, model: nn.Module, fresh: frozenset[str], size: tuple[int, int] | None
+    ) -> None:
+        super().__init__(model, fresh)
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [B, classes] of images x [B, ch, H, W]."""
+        if self.size is not None:
+            x = F.interpolate(x, self.size, mode="bilinear")
+        return self.model(pixel_values=x).logits
 
 
 class CausalHuggingFace(nn.Module):
@@ -157,7 +181,15 @@ def load_classifier(
     alone. Raises ValueError if any other weight does not fit, if the data have other tokens than
     the model, or if the model treats a mask in another way (a decoder, for instance).
     """
-    module = _load_checked(folder, classes, dtype)
+    module = HuggingFace(
+        *_load_checked(
+            folder,
+            classes,
+            "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+            "sequence classifier",
+            dtype,
+        )
+    )
     config = module.model.config
     if module.padding is None:
         raise ValueError(
@@ -171,6 +203,37 @@ def load_classifier(
             "model"
         )
     _check_padding(module, folder, length)
+    return module
+
+
+def load_image_classifier(
+    folder: str, classes: int, shape: tuple[int, ...], dtype: torch.dtype, resize: bool
+) -> ImageHuggingFace:
+    """Return the model in ``folder``, of this type, for images of ``shape`` [ch, H, W].
+
+    ``resize``: images are enlarged to the size that the model reads. The classifier is drawn as in
+    ``load_classifier``. Raises ValueError if any other weight does not fit, or if the model refuses
+    such images.
+    """
+    model, fresh = _load_checked(
+        folder, classes, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "image classifier", dtype
+    )
+    size = getattr(model.config, "image_size", None)
+    height_and_width = (size, size) if isinstance(size, int) else tuple(size or ())
+    if resize and not height_and_width:
+        raise ValueError(
+            f"resize = true: {folder} does not say which size of images it reads; leave it out"
+        )
+    module = ImageHuggingFace(model, fresh, height_and_width if resize else None)
+    with torch.no_grad():
+        try:
+            module.eval()(torch.zeros(1, *shape, dtype=dtype))
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            way_out = "; resize: true enlarges images to the size that it reads"
+            raise ValueError(
+                f"folder = {folder}: refuses images of {' x '.join(map(str, shape))}: "
+                f"{' '.join(str(error).split())}" + ("" if resize else way_out)
+            ) from error
     return module
 
 
@@ -233,29 +296,28 @@ def _load(
     return model, report if parts else {"missing_keys": (), "mismatched_keys": ()}
 
 
-def _load_checked(folder: str, classes: int, dtype: torch.dtype) -> HuggingFace:
-    """Return the network with the weights of the folder; raise ValueError if they do not fit."""
-    model, report = _load(
-        folder,
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-        "sequence classifier",
-        {"num_labels": classes},
-        dtype,
-    )
+def _load_checked(
+    folder: str, classes: int, mapping: str, kind: str, dtype: torch.dtype
+) -> tuple[nn.Module, frozenset[str]]:
+    """Return the classifier with the weights of the folder, and the names of those that are not in
+    it.
+
+    mapping, kind, dtype: as in ``_load``. Raises ValueError if the weights do not fit.
+    """
+    model, report = _load(folder, mapping, kind, {"num_labels": classes}, dtype)
     missing, mismatched = (
         set(report["missing_keys"]),
         {name for name, *_ in report["mismatched_keys"]},
     )
-    module = HuggingFace(model, frozenset(missing | mismatched))
-    pooler = f"{model.base_model_prefix}.pooler."
-    suspects = {n for n in missing if not n.startswith(pooler)} | mismatched
-    if unfit := sorted(n for n in suspects if not module.is_above_encoder(n)):
+    encoder: Any = f"{model.base_model_prefix}."
+    suspects = {n for n in missing if not n.startswith(f"{encoder}pooler.")} | mismatched
+    if unfit := sorted(n for n in suspects if n.startswith(encoder)):
         others = f", and {len(unfit) - 1} more" if len(unfit) > 1 else ""
         raise ValueError(
             f"folder = {folder}: model.safetensors does not fit config.json: {unfit[0]} is "
             f"missing or of another shape{others}"
         )
-    return module
+    return model, frozenset(missing | mismatched)
 
 
 def _build_model(

@@ -1,6 +1,7 @@
 """Decide to which leaves of a network a low-rank part can be added, and say why not to others."""
 
 import math
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -11,6 +12,7 @@ from .watching import Matrix, owning_module
 
 _MATRIX_LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_CONV1D = "transformers.pytorch_utils.Conv1D"  # transformers is optional
 
 
 def matrix_kind(module: nn.Module, name: str, value: Tensor, products: dict[str, Matrix]) -> Matrix:
@@ -29,6 +31,32 @@ def matrix_kind(module: nn.Module, name: str, value: Tensor, products: dict[str,
     if isinstance(owner, _MATRIX_LAYERS) and (dims == 2 or isinstance(owner, nn.Bilinear)):
         return "linear"
     return products.get(name, "") if value.numel() > max(value.shape) else ""
+
+
+class Fused(NamedTuple):
+    """How a weight holds several matrices: slices of equal size, one after another.
+
+    ``axis``: 0 if a slice is rows of the weight, 1 if it is columns.
+    """
+
+    matrices: tuple[str, ...]
+    axis: int
+
+
+def find_fused(module: nn.Module, name: str, shape: tuple[int, ...]) -> Fused | None:
+    """Return the matrices that a parameter holds; None if it is one matrix.
+
+    torch's attention has W_q, W_k and W_v [d, d] in one parameter [3 d, d], and transformers'
+    GPT-2 has their transposes in one of [d, 3 d].
+    """
+    layer, _, parameter = name.rpartition(".")
+    owner = module.get_submodule(layer)
+    if isinstance(owner, nn.MultiheadAttention) and parameter == "in_proj_weight":
+        return Fused(("q", "k", "v"), 0)
+    is_conv1d = f"{type(owner).__module__}.{type(owner).__name__}" == _CONV1D
+    if is_conv1d and layer.endswith("c_attn") and shape[1] == 3 * shape[0]:
+        return Fused(("q", "k", "v"), 1)
+    return None
 
 
 def why_no_matrix(module: nn.Module, name: str, shape: tuple[int, ...], role: str) -> str:

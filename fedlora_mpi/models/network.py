@@ -14,7 +14,7 @@ the first place. It is ``body`` if any of its places is outside the classifier.
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -27,11 +27,12 @@ from torch.utils.hooks import RemovableHandle
 from ..core.batch import Batch
 from ..core.escapes import summarize_error
 from ..core.losses import CROSS_ENTROPY, Loss
+from ..core.names import slice_name, sliced_weight
 from ..core.seeds import isolate_rng
 from ..core.tree import Tree
 from .counting import forward_with_flops
 from .effects import Effects
-from .matrices import matrix_kind, why_no_matrix
+from .matrices import Fused, find_fused, matrix_kind, why_no_matrix
 from .output_field import Field, TakeField, describe_output, find_field
 from .purity import check_functional, find_effects, trial_inputs
 from .substitutes import Substitutes
@@ -111,6 +112,8 @@ class Model:
     # the field of the module's own output that holds the logits; None if it returns them alone
     output: Field | None = None
     loss: Loss = CROSS_ENTROPY
+    # {weight: the matrices that it holds} of the weights that hold more than one
+    fused: dict[str, Fused] = field(default_factory=dict)
     # the type in which a pass computes, where the parameters are stored in it; None: as it comes
     dtype: torch.dtype | None = None
     # names of the modules that training passes compute twice, see ``recomputing.py``
@@ -282,6 +285,22 @@ class Model:
         """``leaves`` and the frozen leaves."""
         return self.leaves | self.frozen_leaves
 
+    def leaf(self, name: str) -> Leaf:
+        """Return a leaf, or a slice of one as a leaf of its own."""
+        leaf = self.leaves.get(name) or self.frozen_leaves.get(name)
+        return leaf or self.slices(sliced_weight(name))[name]
+
+    def slices(self, weight: str) -> dict[str, Leaf]:
+        """Return {name: leaf} of the slices of a weight; {} if it holds one matrix."""
+        fused = self.fused.get(weight)
+        if fused is None:
+            return {}
+        leaf = self.leaf(weight)
+        shape = [*leaf.shape]
+        shape[fused.axis] //= len(fused.matrices)
+        leaf = leaf._replace(shape=tuple(shape))
+        return {slice_name(weight, matrix): leaf for matrix in fused.matrices}
+
     @property
     def all_values(self) -> Tree:
         """``initial`` and the values of the frozen leaves."""
@@ -374,6 +393,7 @@ def from_module(
         ties=ties,
         leaf_names=find_leaf_names(modules[0], eval_body, trace.head, ties),
         effects=pass_effects,
+        fused=_find_fused_weights(module, leaves | locked),
     )
     if not trusted:
         check_functional(module, model, x)
@@ -535,6 +555,12 @@ def _classify_leaves(
         values = constants if frozen else initial
         values[name] = value.detach() if keep else value.detach().clone()
     return leaves, locked, initial, constants
+
+
+def _find_fused_weights(module: nn.Module, leaves: dict[str, Leaf]) -> dict[str, Fused]:
+    """Return the value of ``Model.fused``."""
+    fused = {n: find_fused(module, n, leaf.shape) for n, leaf in leaves.items() if leaf.matrix}
+    return {n: matrices for n, matrices in fused.items() if matrices is not None}
 
 
 def _names_by_leaf(module: nn.Module) -> dict[str, list[str]]:

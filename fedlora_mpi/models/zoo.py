@@ -150,21 +150,27 @@ def _encoder_sizes(
 def hf(
     classes: int,
     shape: tuple[int, ...],
-    tokens: int,
-    padding: int,
+    tokens: int = 0,
+    padding: int = 0,
     positions: int = 0,
     dtype: str | None = None,
     packed: bool = False,
     *,
     folder: str,
+    resize: bool = False,
 ) -> nn.Module:
-    """The pre-trained model in ``folder``, saved by Hugging Face's transformers: a classifier, or a
-    causal language model.
+    """The pre-trained model in ``folder``, saved by Hugging Face's transformers: a classifier of
+    images or texts, or a causal language model.
 
-    It is for the texts of its tokenizer. If ``folder`` is a config.json, the same network is built
-    without pre-trained weights.
+    It is for images, which ``resize`` enlarges to the size that the model reads, or for the texts
+    of its tokenizer. If ``folder`` is a config.json, the same network is built without pre-trained
+    weights.
     """
     kind = getattr(torch, dtype or "float32")
+    if not tokens:
+        return huggingface.load_image_classifier(folder, classes, shape, kind, resize)
+    if resize:
+        raise ValueError("resize = true: the data are texts; leave it out")
     if positions:
         return huggingface.load_causal(folder, shape[0], tokens, kind, packed)
     return huggingface.load_classifier(folder, classes, shape[0], tokens, padding, kind)
@@ -218,6 +224,7 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
     for builder in (resnet8, resnet10, cifar_resnet8, cnn, *YI_CNNS, mlp, transformer, gpt, vit, hf)
 }
 _ANY_NUMBERS = ("mlp",)  # the other networks of BUILDERS are for images or texts
+_IMAGES_AND_TEXTS = ("hf",)
 
 
 def build(
@@ -354,7 +361,8 @@ def _build_module(
                 "it reads one text at a time; set data.language.packing = false, or name gpt or hf"
             )
         arguments |= {"packed": True} if packed else {}
-        if _has_parameter(builder, "tokens") != (tokens > 0):
+        is_for_texts = _has_parameter(builder, "tokens")
+        if is_for_texts != (tokens > 0) and name not in _IMAGES_AND_TEXTS:
             inputs = "images" if len(shape) == 3 else "numbers"
             kinds = ("images", "texts") if tokens else ("texts", inputs)
             raise ValueError("it is for {}, the data are {}".format(*kinds))

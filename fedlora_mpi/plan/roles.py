@@ -63,11 +63,19 @@ def _rows(model: Model, low_rank: Mapping[str, int], full: Collection[str]) -> l
     rows = []
     for name, leaf in model.all_leaves.items():
         part = f"no: {reasons[name]}" if name in reasons else "no"
-        if name in low_rank:
-            part = f"rank {low_rank[name]} of {'x'.join(map(str, matrix_shape(leaf)))}"
+        decomposed = [n for n in (name, *model.slices(name)) if n in low_rank]
+        if decomposed:
+            part = f"rank {low_rank[decomposed[0]]} of {_shape_text(model.leaf(decomposed[0]))}"
+        if decomposed and decomposed[0] != name:
+            part += " in " + ", ".join(n.rpartition(":")[2] for n in decomposed)
         frozen = ", frozen" if name in model.frozen_leaves else ""
         rows.append(_Row(name, leaf, leaf.role + frozen, part))
     return rows
+
+
+def _shape_text(leaf: Leaf) -> str:
+    """The sides of the matrix that a weight is read as."""
+    return "x".join(map(str, matrix_shape(leaf)))
 
 
 def _group(rows: Sequence[_Row]) -> list[list[_Row]]:

@@ -30,8 +30,10 @@ FULL_SCALE = Scale(clients=100, train=500, test=100, batch_size=20, epochs=1, ro
 # 10 clients * 200 samples takes from 2 s (narrow) to 6 s (wide) of one core, and 40 % of that at
 # participation 0.4.
 SMALL_SCALE = FULL_SCALE._replace(clients=10, train=200, test=100, rounds=20)
-# on CIFAR-10, FedHL with ``weight_mode: fedhera`` diverges at 0.05
-LR = {"cifar10": 0.02, "ag_news": 0.05}
+# Forty minutes on two busy CPU cores for both participations. A training sample is 163 MFLOP and
+# takes 6 ms of one core, a test image 3 ms. Each of 13 methods takes 10 * (2,000 * 6 ms + 2 * 1,000
+# * 3 ms) = 180 s, and 90 s at participation 0.4; the backbone takes 4 * 25,000 * 7 ms = 700 s.
+SMALL_VIT_SCALE = SMALL_SCALE._replace(rounds=10)
 LOGGED_COLUMNS = {  # column of the log -> heading
     "effective_clients": "effective clients",
     "lora_truncation": "truncation",
@@ -41,12 +43,20 @@ LOGGED_COLUMNS = {  # column of the log -> heading
 
 
 class Backbone(NamedTuple):
-    """A network, its training settings, and the classes on which it is pretrained."""
+    """A network, its training settings, and the classes on which it is pretrained.
+
+    ``lr``: learning rate of the clients; ``layers``: patterns of the weights that they adapt.
+    """
 
     model: Mapping[str, Any]
     epochs: int
     classes: str
     optimizer: Mapping[str, float]
+    lr: float
+    layers: tuple[str, ...] = ("*",)
+
+
+_VIT_SIZES = {"width": 96, "heads": 4, "feedforward": 192}
 
 
 def _transformer_block(width: int) -> dict[str, Any]:
@@ -59,22 +69,49 @@ def _transformer_block(width: int) -> dict[str, Any]:
     }
 
 
-# data set -> width -> network; in the wide networks no client's rank holds a whole weight
+_SGD = {"lr": 0.02, "momentum": 0.9}
+# data set -> network; in the wide networks and the vit no client's rank holds a whole weight
+# on CIFAR-10, FedHL with ``weight_mode: fedhera`` diverges at a rate of 0.05
 BACKBONES: dict[str, dict[str, Backbone]] = {
     "cifar10": {
-        "narrow": Backbone(
-            {"name": "cnn", "width": 16, "hidden": 64}, 5, "0-4", {"lr": 0.02, "momentum": 0.9}
-        ),
-        "wide": Backbone(
-            {"name": "cnn", "width": 32, "hidden": 256}, 5, "0-4", {"lr": 0.02, "momentum": 0.9}
+        "narrow": Backbone({"name": "cnn", "width": 16, "hidden": 64}, 5, "0-4", _SGD, 0.02),
+        "wide": Backbone({"name": "cnn", "width": 32, "hidden": 256}, 5, "0-4", _SGD, 0.02),
+        "vit": Backbone(
+            {"name": "vit", "patch": 4, "layers": 6, **_VIT_SIZES},
+            4,
+            "0-4",
+            _SGD,
+            0.05,
+            ("*.in_proj_weight:q", "*.in_proj_weight:v"),
         ),
     },
     "ag_news": {
-        "narrow": Backbone(_transformer_block(64), 2, "0-1", {"lr": 0.02, "momentum": 0.9}),
-        "wide": Backbone(_transformer_block(128), 1, "0-1", {"lr": 0.02, "momentum": 0.9}),
+        "narrow": Backbone(_transformer_block(64), 2, "0-1", _SGD, 0.05),
+        "wide": Backbone(_transformer_block(128), 1, "0-1", _SGD, 0.05),
     },
 }
 WIDTHS = ("narrow", "wide")
+MODELS = {"cnn": WIDTHS, "vit": ("vit",)}  # --model -> networks of ``BACKBONES``
+
+
+def named_networks(
+    data: Sequence[str], models: Sequence[str], widths: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Return (data set, network of ``BACKBONES``) for the options of a command line.
+
+    An empty option means its default: all data sets of its networks, cnn, both widths.
+    Raises ValueError if the networks have no such width.
+    """
+    models = models or ("cnn",)
+    if widths and "cnn" not in models:
+        raise ValueError(f"--width = {widths[0]}: {models[0]} has one width; leave it out")
+    networks = [n for m in models for n in (widths if m == "cnn" and widths else MODELS[m])]
+    return [
+        (name, network)
+        for name in data or BACKBONES
+        for network in networks
+        if data or network in BACKBONES[name]
+    ]
 
 
 def text_difference(data: str, train_file: str) -> str:
@@ -85,11 +122,11 @@ def text_difference(data: str, train_file: str) -> str:
 
 @dataclass(frozen=True)
 class FineTuningCase(Case):
-    """``folder`` holds the backbones. ``train_file`` is the file with the training texts in the
-    folder AG_NEWS.
+    """``network`` names one of ``BACKBONES``; ``folder`` holds their weights. ``train_file`` is the
+    file with the training texts in the folder AG_NEWS.
     """
 
-    width: str
+    network: str
     participation: float
     folder: Path
     alpha: float = ALPHA
@@ -99,6 +136,10 @@ class FineTuningCase(Case):
     def __post_init__(self) -> None:
         if self.data not in BACKBONES:
             raise ValueError(f"--data = {self.data}: {TABLE_NAME} has {', '.join(BACKBONES)}")
+        if self.network not in BACKBONES[self.data]:
+            raise ValueError(
+                f"--model = {self.network}: is for images; leave it out for {self.data}"
+            )
         if not 0 < self.participation <= 1:
             raise ValueError(
                 f"--participation = {self.participation:g}: must be above 0 and at most 1"
@@ -106,12 +147,12 @@ class FineTuningCase(Case):
 
     @property
     def name(self) -> str:
-        return f"{self.data}-{self.width}-part{self.participation:g}-alpha{self.alpha:g}"
+        return f"{self.data}-{self.network}-part{self.participation:g}-alpha{self.alpha:g}"
 
     @property
     def description(self) -> str:
         return (
-            f"{self.data}, {self.width} network, {100 * self.participation:g} % of the clients a "
+            f"{self.data}, {self.network} network, {100 * self.participation:g} % of the clients a "
             f"round, alpha {self.alpha:g}"
         )
 
@@ -120,7 +161,9 @@ class FineTuningCase(Case):
         return text_difference(self.data, self.train_file)
 
     def scale_sizes(self, scale: str) -> Scale:
-        return FULL_SCALE if scale == "full" else SMALL_SCALE
+        if scale == "full":
+            return FULL_SCALE
+        return SMALL_VIT_SCALE if self.network == "vit" else SMALL_SCALE
 
     @property
     def source(self) -> dict[str, Any]:
@@ -134,13 +177,13 @@ class FineTuningCase(Case):
     @property
     def backbone(self) -> Backbone:
         """The backbone with which the runs of this case start."""
-        return BACKBONES[self.data][self.width]
+        return BACKBONES[self.data][self.network]
 
     @property
     def weights(self) -> Path:
         """The file of ``backbone``."""
         suffix = f"-{Path(self.train_file).stem}" if self.data_difference else ""
-        return self.folder / f"{self.data}-{self.width}{suffix}.safetensors"
+        return self.folder / f"{self.data}-{self.network}{suffix}.safetensors"
 
     @property
     def model(self) -> dict[str, Any]:
@@ -148,7 +191,7 @@ class FineTuningCase(Case):
 
     @property
     def optimizer(self) -> dict[str, float]:
-        return {"lr": LR[self.data], "momentum": 0.9}
+        return {"lr": self.backbone.lr, "momentum": 0.9}
 
     def prepare(self, root: str, download: bool, report: Callable[[str], None]) -> None:
         backbone = self.backbone
@@ -195,7 +238,9 @@ def lora_entries(
 
 def _fedhl_entries(case: FineTuningCase, scale: Scale) -> Iterator[Entry]:
     keys = [key for key in METHODS if key not in ("fedhl-uniform", "fedhl-inverse")]
-    return lora_entries(keys, RANKS, case.participation)
+    layers = list(case.backbone.layers)
+    own = {} if layers == ["*"] else {"layers": layers}
+    return lora_entries(keys, RANKS, case.participation, **own)
 
 
 TABLES = {

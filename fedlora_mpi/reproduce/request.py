@@ -24,13 +24,13 @@ class Request:
     data: cifar10; for ``table6`` and ``fedhl_text`` ag_news; for ``fedhl`` and ``fedhl_shift``
     both. alpha: 0.1; for ``table6`` 1.0; for ``fedhl`` 0.5; for ``fedhl_shift`` 0.5 and inf; for
     ``neighbours`` 0.05 and 0.1; not for ``pfedlora`` and ``fedhl_text``.
-    text_train: a file in AG_NEWS, for tables that may read it. width and participation: only for
-    ``fedhl``; lora_ranks: only for ``fedhl_shift``; split: only for ``fedhl_text``; default all.
-    clients, homogeneous, classes, samples, adapter, adapter_rank and target (per cent): only for
-    ``pfedlora``; clients by default 10, 50, 100 at full scale and 10 at small scale; target by
-    default the highest accuracy that all methods reach; for the others see ``ClientCounts``.
-    methods: all of the table. rounds: those of the scale. jobs: one per GPU, or as many as the CPU
-    cores allow.
+    text_train: a file in AG_NEWS, for tables that may read it. model, width, participation:
+    only for ``fedhl``; lora_ranks: only for ``fedhl_shift``; split: only for ``fedhl_text``;
+    default all. clients, homogeneous, classes, samples, adapter, adapter_rank and target (per
+    cent): only for ``pfedlora``; clients by default 10, 50, 100 at full scale and 10 at small
+    scale; target by default the highest accuracy that all methods reach; for the others see
+    ``ClientCounts``. methods: all of the table. rounds: those of the scale. jobs: one per GPU, or
+    as many as the CPU cores allow.
     """
 
     table: str
@@ -43,6 +43,7 @@ class Request:
     samples: Sequence[int] = ()
     adapter: Sequence[str] = ()
     adapter_rank: Sequence[int] = ()
+    model: Sequence[str] = ()
     width: Sequence[str] = ()
     participation: Sequence[float] = ()
     lora_ranks: Sequence[str] = ()
@@ -87,7 +88,11 @@ class Request:
         if self.table != shift.TABLE_NAME:
             disallowed["lora-ranks"] = self.lora_ranks
         if self.table != fedhl.TABLE_NAME:
-            disallowed |= {"width": self.width, "participation": self.participation}
+            disallowed |= {
+                "model": self.model,
+                "width": self.width,
+                "participation": self.participation,
+            }
         for name, choice in disallowed.items():
             if choice:
                 raise ValueError(f"--{name}: {self.table} has no such choice; leave it out")
@@ -110,16 +115,15 @@ class Request:
             )
             return [agnews.AgNewsCase(data, alpha, file) for data, alpha in pairs]
         if self.table == fedhl.TABLE_NAME:
-            combinations = product(
-                self.data or fedhl.BACKBONES,
-                self.width or fedhl.WIDTHS,
+            networks = product(
+                fedhl.named_networks(self.data, self.model, self.width),
                 self.participation or fedhl.PARTICIPATION,
                 self.alpha or (fedhl.ALPHA,),
             )
             file = self.text_train or agnews.TRAIN_FILE
             return [
-                fedhl.FineTuningCase(data, width, participation, self.table_folder, alpha, file)
-                for data, width, participation, alpha in combinations
+                fedhl.FineTuningCase(*network, participation, self.table_folder, alpha, file)
+                for network, participation, alpha in networks
             ]
         if self.table == shift.TABLE_NAME:
             file = self.text_train or agnews.TRAIN_FILE

@@ -49,7 +49,7 @@ from ...core.names import factor_name, factors_by_weight, is_factor, weight_of
 from ...core.tree import Tree, numel
 from ...models.network import Model
 from ...models.unmerged import UnmergedWeight
-from ..lowrank import as_weight, kaiming_uniform, match_weights, matrix_shape
+from ..lowrank import as_updates, kaiming_uniform, match_weights, matrix_shape
 from . import diagnosis
 
 Role = Literal["head", "norm"]
@@ -88,8 +88,8 @@ class FineTuning(Algorithm):
     # s is alpha / R (common) or alpha / sqrt(R) (root; Kalajdzievski 2023, rsLoRA), the same for
     # all clients, or the mean of the factors would have no meaning; default: LoRA
     scale: Literal["common", "root"] = "common"
-    # patterns of the names of decomposed weights; those of the roles in ``full`` never are;
-    # default: our choice, for networks that are no language models
+    # patterns of the names of decomposed weights, or of slices such as in_proj_weight:q; those of
+    # the roles in ``full`` never are; default: our choice, for networks that are no language models
     layers: tuple[str, ...] = ("*",)
     # roles of leaves that are trained in full, without factors; without norm BatchNorm normalises
     # by its stored statistics and does not update them; default: FedEx-LoRA's code
@@ -189,21 +189,18 @@ class FineTuning(Algorithm):
         return lora_rank**0.5 if self.scale == "root" else lora_rank
 
     def adapted_shapes(self, model: Model) -> dict[str, tuple[int, int]]:
-        """Return {weight: (out side, in side)} of the decomposed weights.
+        """Return {weight: (out side, in side)} of the decomposed weights and slices of weights.
 
         Raises ValueError when ``layers`` matches no weight that can be decomposed.
         """
-        weights = [
-            n
-            for n in match_weights(model, self.layers, frozen=True)
-            if model.all_leaves[n].role not in self.full
-        ]
+        matches = match_weights(model, self.layers, frozen=True)
+        weights = {n: leaf for n, leaf in matches.items() if leaf.role not in self.full}
         if not weights:
             raise ValueError(
                 f"layers = {list(self.layers)}: match only what is trained in full = "
                 f"{list(self.full)}"
             )
-        return {n: matrix_shape(model.all_leaves[n]) for n in weights}
+        return {n: matrix_shape(leaf) for n, leaf in weights.items()}
 
     # The client.
 
@@ -274,7 +271,7 @@ class FineTuning(Algorithm):
             for n, u in v.shared.items()
             if not (is_factor(n, "ABW") and weight_of(n) in unmerged)
         }
-        updates = {n: as_weight(d, model.all_leaves[n]) for n, d in self.delta(merged).items()}
+        updates = as_updates(self.delta(merged), model)
         rounded_updates = {
             n: d.to(tree[n].dtype) for n, d in updates.items() if tree[n].dtype.itemsize < 4
         }
@@ -282,7 +279,10 @@ class FineTuning(Algorithm):
         return tree | full | weights | unmerged
 
     def _unmerged_weights(self, model: Model, shared: Tree) -> Tree:
-        """Return {weight: W_0 + W + s B A, not formed} of the weights of Linears and the like."""
+        """Return {weight: W_0 + W + s B A, not formed} of the weights of Linears and the like.
+
+        A weight of which only slices have factors is none of them: torch's attention forms it.
+        """
         tree, leaves, (factors, W) = model.all_values, model.all_leaves, self.update_parts(shared)
 
         def combine(n, B):
@@ -293,7 +293,7 @@ class FineTuning(Algorithm):
         return {
             n: combine(n, B)
             for n, B in factors_by_weight(factors, "B").items()
-            if leaves[n].is_linear and tree[n].dim() == 2
+            if n in leaves and leaves[n].is_linear and tree[n].dim() == 2
         }
 
     def logits(self, model: Model, v: Variables, x: Tensor) -> Tensor:
