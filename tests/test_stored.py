@@ -134,18 +134,20 @@ def own_module(name):
 @pytest.mark.parametrize("name", [n for n in zoo.BUILDERS if n != "hf"])
 def test_own_networks_are_what_a_trial_would_find_and_are_not_copied(name):
     module, classes, shape, tokens, positions = own_module(name)
-    tried, trusted = (
-        from_module(module, classes, shape, tokens, positions=positions, trusted=trusted)
-        for trusted in (False, True)
+    tried, kept = (
+        from_module(
+            module, classes, shape, tokens, positions=positions, trial=not is_own, keep=is_own
+        )
+        for is_own in (False, True)
     )
     own = {v.data_ptr() for v in (*module.parameters(), *module.buffers())}
-    assert {v.data_ptr() for v in trusted.initial.values()} <= own
+    assert {v.data_ptr() for v in kept.initial.values()} <= own
     assert not own & {v.data_ptr() for v in tried.initial.values()}
     skip = ("modules", "bodies", "initial", "constants")
     for field in fields(tried):
         if field.name not in skip:
-            assert getattr(tried, field.name) == getattr(trusted, field.name), field.name
-    assert_near(tried.initial, trusted.initial, 0)
+            assert getattr(tried, field.name) == getattr(kept, field.name), field.name
+    assert_near(tried.initial, kept.initial, 0)
     x = torch.ones(2, *shape, dtype=torch.int64 if tokens else torch.float32)
-    a, b = (m.eval_mode()(m.initial, x) for m in (tried, trusted))
+    a, b = (m.eval_mode()(m.initial, x) for m in (tried, kept))
     assert torch.equal(a, b)

@@ -330,7 +330,8 @@ def from_module(
     output: Field | None = None,
     positions: int = 0,
     dtype: torch.dtype | None = None,
-    trusted: bool = False,
+    trial: bool = True,
+    keep: bool = False,
 ) -> Model:
     """Return the model of ``module``, whose present parameters become the initial values.
 
@@ -339,41 +340,31 @@ def from_module(
     of the module's output that holds the logits; None: see ``output_field``. ``positions``: the
     logits are [B, positions, classes]; 0: they are [B, classes]. ``dtype``: store the parameters so
     and compute in it, from inputs and to logits in float32; None: as ``module`` has them.
-    ``trusted``: a network of this package, whose passes are known to have no side effects. They are
-    not tried, and the initial values are the module's own tensors, since a large network must not
-    be in memory twice.
+    ``trial``: whether passes are tried for side effects; networks of this package have none.
+    ``keep``: nobody else uses ``module``, so the initial values are its own tensors, not copies: a
+    large network is in memory once.
 
     Raises ValueError if the module does not map [B, *shape] to logits of this shape, has a
     BatchNorm with a cumulative average instead of a momentum, has a parameter that cannot be
     trained, or is not a function of its parameters, buffers and inputs (see ``purity``).
     """
-    module, zeros = unwrap(module), _zero_inputs(2, shape, tokens)
-    if not trusted:
-        _materialize(module, zeros)
-    if dtype is not None:
-        _store_parameters(module, dtype)
-        zeros = zeros.to(dtype) if zeros.is_floating_point() else zeros
-    for name, layer in module.named_modules():
-        if isinstance(layer, _NormBase) and layer.track_running_stats:
-            if layer.momentum is None:
-                raise ValueError(f"name: layer {name} has momentum None (a cumulative average)")
-            layer.num_batches_tracked = None
+    module, zeros = _prepare_module(unwrap(module), _zero_inputs(2, shape, tokens), dtype, trial)
     expected = [2, positions, classes] if positions else [2, classes]
-    traits = _probe_module(copy_module(module, trusted), expected, zeros, output)
+    traits = _probe_module(copy_module(module, keep), expected, zeros, output)
     if traits["output"] is not None:
         module.register_forward_hook(TakeField(traits["output"]))
-    x, other_inputs = (zeros, zeros) if trusted else trial_inputs(module, zeros, tokens)
-    pass_effects = Effects() if trusted else find_effects(module, x, other_inputs)
-    ties, trace = find_ties(module), trace_forward(module, zeros, classes, trusted)
+    x, other_inputs = trial_inputs(module, zeros, tokens) if trial else (zeros, zeros)
+    pass_effects = find_effects(module, x, other_inputs) if trial else Effects()
+    ties, trace = find_ties(module), trace_forward(module, zeros, classes, keep)
     if head is not None:
         trace = name_head(module, zeros, trace, head)
-    leaves, locked, initial, constants = _classify_leaves(module, trace, keep=trusted)
+    leaves, locked, initial, constants = _classify_leaves(module, trace, keep)
     if head is not None and "head" not in {leaf.role for leaf in (leaves | locked).values()}:
         raise ValueError(
             f"head = {head}: all its parameters are those of other layers too (tied), or of "
             "normalisation layers"
         )
-    empty = remove_values(module) if trusted else copy.deepcopy(module).to("meta")
+    empty = remove_values(module) if keep else copy.deepcopy(module).to("meta")
     skeleton = restore_ties(empty, ties)
     modules = (skeleton.eval(), copy.deepcopy(skeleton).train())
     eval_body, train_body = (_remove_head(copy.deepcopy(m), trace.head) for m in modules)
@@ -395,9 +386,29 @@ def from_module(
         effects=pass_effects,
         fused=_find_fused_weights(module, leaves | locked),
     )
-    if not trusted:
+    if trial:
         check_functional(module, model, x)
     return replace(model, ends_in_linear=_ends_in_linear(model, x), dtype=dtype)
+
+
+def _prepare_module(
+    module: nn.Module, zeros: Tensor, dtype: torch.dtype | None, trial: bool
+) -> tuple[nn.Module, Tensor]:
+    """Return a network with all its parameters, and inputs ``zeros`` for it; see ``from_module``.
+
+    Raises ValueError for a network that cannot be used.
+    """
+    if trial:
+        _materialize(module, zeros)
+    if dtype is not None:
+        _store_parameters(module, dtype)
+        zeros = zeros.to(dtype) if zeros.is_floating_point() else zeros
+    for name, layer in module.named_modules():
+        if isinstance(layer, _NormBase) and layer.track_running_stats:
+            if layer.momentum is None:
+                raise ValueError(f"name: layer {name} has momentum None (a cumulative average)")
+            layer.num_batches_tracked = None
+    return module, zeros
 
 
 def _store_parameters(module: nn.Module, dtype: torch.dtype) -> None:

@@ -274,7 +274,8 @@ def build(
             output=output,
             positions=positions,
             dtype=getattr(torch, dtype) if dtype else None,
-            trusted=not is_external(name),
+            trial=name == "hf" or is_external(name),
+            keep=not is_external(name),
         )
         if is_external(name) and not name.startswith("torchvision:"):
             model = replace(model, couples=couples_examples(model, seed))
