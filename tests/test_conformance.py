@@ -86,6 +86,8 @@ ALTERNATIVES = {
     # a ratio for one rule, a rank for the other
     "rank_rule": (("algorithm.linear_rank=1",), "official"),
     "layers": ((), "[head.*]"),
+    # of a convolution the sum is formed in every case
+    "merge": (("model={name: mlp, hidden: 8}",), None),
     "lora_epochs": ((), "1"),
     "small": ((), "cnn"),
     "apfl.alpha_decay": ((), "0.5"),

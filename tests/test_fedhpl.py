@@ -62,7 +62,8 @@ def test_the_input_of_a_module_can_be_replaced():
     same = model.replace_input(model.initial, x, "blocks.1", lambda z: z)
     assert torch.equal(same, plain)
     other = model.replace_input(model.initial, x, "blocks.1", lambda z: 0 * z)
-    assert not torch.allclose(other, plain) and torch.equal(other[0], other[1])
+    assert not torch.allclose(other, plain)
+    torch.testing.assert_close(other[0], other[1])  # rows of a batch may differ in last bits
     assert torch.equal(model(model.initial, x), plain)  # nothing stays replaced
 
 

@@ -114,7 +114,9 @@ def adapter_content(
 def _is_linear(network: Model, name: str) -> bool:
     """Return whether a leaf is the weight of a Linear or of transformers' Conv1D."""
     layer, _, leaf_name = name.rpartition(".")
-    leaf = network.all_leaves[name]
+    leaf = network.all_leaves.get(name)
+    if leaf is None:  # a slice of a weight
+        return False
     is_conv1d = leaf.is_linear and leaf.matrix == "transposed"
     is_linear = isinstance(network.modules[False].get_submodule(layer), nn.Linear)
     return leaf_name == "weight" and (is_linear or is_conv1d)

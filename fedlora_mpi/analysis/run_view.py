@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ..core.losses import LOSSES
 from ..core.names import stored_names
 from ..core.paths import expand_home
 from ..data.partition import Split
@@ -239,6 +238,7 @@ class RunView:
         )
 
     def _network(self, number: int, block: "Network") -> "Model":
+        from ..core.losses import LOSSES
         from ..models.zoo import build
 
         stored, config = self._files.partition(), self._parsed_config
