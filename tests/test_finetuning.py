@@ -176,6 +176,15 @@ def test_a_matrix_of_lower_rank_leaves_no_dead_factor(shape, rank):
     assert not dead.any()
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+def test_rounding_does_not_choose_the_signs(shape):
+    W = matrix(0, *shape)
+    A = right_singular_vectors(W, 3)
+    assert (A.gather(1, A.abs().argmax(1, keepdim=True)) > 0).all()
+    for same in (-W, W.flip(0)):
+        near(right_singular_vectors(same, 3), A)
+
+
 def test_a_stack_of_matrices_is_decomposed_one_by_one():
     stack = torch.stack([matrix(seed, 5, 3) for seed in range(4)])
     near(

@@ -97,7 +97,8 @@ LOW_RANK = {
 }  # fmt: skip
 RANKS = {"lora_ranks": (3, 1, 2), "alpha": 3.0}
 TUNING = {
-    "rank_shares": (), "capacities": (), "layers": ("*",), "full": ("head",), "diagnose": False,
+    "rank_shares": (), "capacities": (), "layers": ("*",), "full": ("head",), "merge": True,
+    "diagnose": False,
 }  # fmt: skip
 JUDGED = {"judged": "client", **TUNING}
 AMP = {
@@ -187,7 +188,7 @@ CASES = {
         RANKS,
         {
             "scale": "common", "rank_shares": (), "capacities": (), "layers": ("*",),
-            "full": ("head",), "personal_full": True,
+            "full": ("head",), "merge": True, "personal_full": True,
         },
     ),
     "fedhl": Case(
