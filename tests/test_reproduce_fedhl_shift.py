@@ -135,12 +135,16 @@ def test_the_features_of_texts_are_those_of_their_weighted_word_counts(monkeypat
 class Store:
     """Results by the name of the run."""
 
-    def __init__(self, accuracy):
-        self.accuracy = accuracy
+    def __init__(self, accuracy, skipped=()):
+        self.accuracy, self.skipped = accuracy, dict(skipped)
 
     def result(self, job):
-        value = self.accuracy.get(f"{job.entry.key}")
-        return None if value is None else Result(job, {"accuracy": np.array([0.9, *value])}, {})
+        if (value := self.accuracy.get(job.entry.key)) is None:
+            return None
+        columns = {"accuracy": np.array([0.9, *value])}
+        if job.entry.key in self.skipped:
+            columns["skipped"] = np.array(self.skipped[job.entry.key])
+        return Result(job, columns, {})
 
 
 def test_the_rate_with_the_best_last_rounds_is_chosen():
@@ -156,6 +160,14 @@ def test_the_rate_with_the_best_last_rounds_is_chosen():
     assert choose_rates(trials[:2], Store({t.entry.key: high for t in trials}), ACCURACY) == {
         (CASE, "flexlora"): 0.1
     }
+
+
+def test_a_rate_that_diverges_is_not_chosen_for_the_model_that_it_left_behind():
+    trials = jobs_of(trial_entries(entries_of("flexlora"), Tuning((0.1, 0.2), 7)), seed=7)
+    accuracy = {"flexlora-lr0.1": [0.5] * 5, "flexlora-lr0.2": [0.8] * 5}
+    for skipped, best in (([0] * 6, 0.2), ([0, 0, 0, 2, 0, 0], 0.1)):
+        store = Store(accuracy, {"flexlora-lr0.2": skipped})
+        assert choose_rates(trials, store, ACCURACY) == {(CASE, "flexlora"): best}
 
 
 # The table.

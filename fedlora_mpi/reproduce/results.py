@@ -39,6 +39,13 @@ class Result:
         """The accuracy after the last round, per cent."""
         return 100 * float(self.rounds["accuracy"][-1])
 
+    @property
+    def has_diverged(self) -> bool:
+        """Whether a client was left out because its numbers were not finite. Scores then tell of a
+        model that had stopped to learn.
+        """
+        return bool(np.any(self.rounds.get("skipped", 0)))
+
     def late(self, score: Score) -> float:
         """The mean of a score after each of the last ``LATE_ROUNDS`` rounds."""
         return score.factor * float(self.rounds[score.column][-LATE_ROUNDS:].mean())
