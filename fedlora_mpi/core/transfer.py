@@ -20,9 +20,15 @@ def to_device(v: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors on the host. Those of a GPU are copied, with a single wait for all copies."""
+    """The tensors on the host. Those of a GPU are copied, with a single wait for all copies; those
+    on the device meta have no numbers and stay there.
+    """
     copies = [
-        torch.empty(v.shape, dtype=v.dtype, pin_memory=True) if v.is_cuda else v.cpu()
+        torch.empty(v.shape, dtype=v.dtype, pin_memory=True)
+        if v.is_cuda
+        else v
+        if v.is_meta
+        else v.cpu()
         for v in tensors
     ]
     pending = [(target, v) for target, v in zip(copies, tensors, strict=True) if v.is_cuda]

@@ -34,6 +34,14 @@ def nbytes(tree: Tree) -> int:
     return sum(v.numel() * v.element_size() for v in tree.values())
 
 
+def storage_key(value: Tensor) -> int:
+    """Return a number that is equal for tensors that share memory, also on the device meta, where
+    there is none.
+    """
+    storage = value.untyped_storage()
+    return storage.data_ptr() or storage._cdata
+
+
 def sq_dist(a: Tree, b: Tree, leaves: Iterable[str] | None = None) -> Tensor:
     """Squared Euclidean distance of two trees over ``leaves`` (default: those of ``a``), []."""
     squares = (((a[n] - b[n]) ** 2).sum() for n in (a if leaves is None else leaves))

@@ -16,11 +16,10 @@ import torch
 
 from ..algorithm import Batch, Phase, Step, Variables, Visit, used_samples
 from ..core.escapes import summarize_error
-from ..core.tree import tmap
 from ..models.counting import FlopCounter
 from ..models.network import Model
 from .train import Trainer
-from .walk import PhaseRunner
+from .walk import PhaseRunner, tmap_vars
 
 UNCOUNTED = -1
 
@@ -68,7 +67,7 @@ class Flops:
     def _count_round(self, samples: int, round_: int) -> int:
         algorithm, settings = self.trainer.algorithm, self.trainer.settings
         total = 0
-        for number, item in enumerate(algorithm.local(self._cpu_model, settings, round_)):
+        for number, item in enumerate(algorithm.local(self._model, settings, round_)):
             if isinstance(item, Visit):
                 total += self._extrapolate(
                     ("visit", number, getattr(item.apply, "__code__", item.apply)),
@@ -94,8 +93,17 @@ class Flops:
         return total
 
     @property
-    def _cpu_model(self) -> Model:
-        return self.trainer.model.to(torch.device("cpu"))
+    def _device(self) -> torch.device:
+        """Where steps are counted: the CPU, or meta for a network without values."""
+        return torch.device("meta" if self.trainer.model.is_without_values else "cpu")
+
+    @property
+    def _model(self) -> Model:
+        return self.trainer.model.to(self._device)
+
+    @property
+    def _variables(self) -> Variables:
+        return tmap_vars(lambda leaf: leaf.to(self._device), self.initial)
 
     def _step_key(self, step: Step) -> tuple:
         """A key that distinguishes this step from the step of the same number in another round."""
@@ -126,18 +134,11 @@ class Flops:
 
     def _count_phase(self, phase: Phase, samples: int) -> int:
         """FLOPs of all steps of the phase on one batch."""
-
-        def clone_tree(v):
-            return tmap(lambda leaf: leaf.cpu().clone(), v)
-
-        start, now = (
-            Variables(clone_tree(self.initial.shared), clone_tree(self.initial.personal))
-            for _ in range(2)
-        )
+        start, now = (tmap_vars(torch.clone, self._variables) for _ in range(2))
         trainer = replace(
             self.trainer,
-            model=self._cpu_model,
-            device=torch.device("cpu"),
+            model=self._model,
+            device=self._device,
             stacked=False,
             step_compiler=None,
         )
@@ -147,19 +148,20 @@ class Flops:
 
     def _count_constant(self, phase: Phase, samples: int) -> int:
         assert phase.constant is not None
-        return self._count_flops(phase.constant, self.initial)
+        return self._count_flops(phase.constant, self._variables)
 
     def _count_visit(self, visit: Visit, samples: int) -> int:
-        v = self.initial
+        v = self._variables
         return self._count_flops(visit.apply, v, v, self._zero_batch(samples))
 
     def _zero_batch(self, samples: int) -> Batch:
         """A batch of ``samples`` zero inputs, all of class 0 or with zero targets."""
-        model = self._cpu_model
-        counts = torch.zeros(model.classes)
-        counts[0] = samples
-        y = model.loss.zero_targets(samples, model.classes, model.shape[0])
-        key = torch.zeros((), dtype=torch.int64)
+        model = self._model
+        with self._device:
+            counts = torch.zeros(model.classes)
+            counts[0] = samples
+            y = model.loss.zero_targets(samples, model.classes, model.shape[0])
+            key = torch.zeros((), dtype=torch.int64)
         return Batch(model.zero_inputs(samples), y, None, key, counts)
 
     @staticmethod

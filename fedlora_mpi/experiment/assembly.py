@@ -55,10 +55,18 @@ class Assembly:
     outputs: int = 0  # of a network
 
 
-def build(config: Config, source: str, comm: Comm, requested_path: RequestedPath = "") -> Assembly:
+def build(
+    config: Config,
+    source: str,
+    comm: Comm,
+    requested_path: RequestedPath = "",
+    shapes_alone: bool = False,
+) -> Assembly:
     """Data, model, algorithm and groups.
 
-    source: the config in messages; requested_path: the user's engine.path, if another.
+    source: the config in messages; requested_path: the user's engine.path, if another;
+    shapes_alone: the networks of this package have no values and so need no memory, whatever their
+    size; such a run can be counted but not started.
 
     Raises Refusal on all ranks for the user's mistakes. Rank 0 downloads while the others wait.
     """
@@ -72,30 +80,43 @@ def build(config: Config, source: str, comm: Comm, requested_path: RequestedPath
     device = collectively(comm, lambda: select_device(config.engine, worker))
     config, memory = collectively(comm, lambda: agree_on_device(config, comm, workers, device))
     parts = collectively(
-        comm, lambda: make_parts(config, source, comm.rank in workers, device, comm.heartbeat.beat)
+        comm,
+        lambda: make_parts(
+            config, source, comm.rank in workers, device, comm.heartbeat.beat, shapes_alone
+        ),
     )
     if comm.rank == 0:
         tell_hints(parts.data, source)
-    models, initial_variables, local_inventory = reconcile_ranks(
-        comm,
-        config,
-        source,
-        parts.data,
-        parts.models,
-        parts.split,
-        parts.initial_variables,
-        parts.matrix,
-    )
-    parts = parts._replace(models=models, initial_variables=initial_variables)
+    local_inventory = None
+    if not shapes_alone:
+        models, initial_variables, local_inventory = reconcile_ranks(
+            comm,
+            config,
+            source,
+            parts.data,
+            parts.models,
+            parts.split,
+            parts.initial_variables,
+            parts.matrix,
+        )
+        parts = parts._replace(models=models, initial_variables=initial_variables)
     engine = choose_engine(parts, config, source, comm, workers, memory, requested_path)
     assembly = collectively(
-        comm, lambda: _assemble(parts, replace(config, engine=engine), source, comm, workers)
+        comm,
+        lambda: _assemble(
+            parts, replace(config, engine=engine), source, comm, workers, shapes_alone
+        ),
     )
     return replace(assembly, inventory=local_inventory)
 
 
 def _assemble(
-    parts: Parts, config: Config, source: str, comm: Comm, workers: Sequence[int]
+    parts: Parts,
+    config: Config,
+    source: str,
+    comm: Comm,
+    workers: Sequence[int],
+    shapes_alone: bool,
 ) -> Assembly:
     data, split = parts.data, parts.split
     types = parts.client_types(config.train, config.engine)
@@ -137,7 +158,7 @@ def _assemble(
         )
     with prefix_errors(source, "privacy"):
         _check_privacy(config, federation)
-    digest = run_digest(config, split, data.vocabulary, parts.matrix)
+    digest = "" if shapes_alone else run_digest(config, split, data.vocabulary, parts.matrix)
     return Assembly(
         config,
         federation,

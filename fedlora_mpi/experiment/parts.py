@@ -62,8 +62,12 @@ def tell_hints(data: Data, source: str) -> None:
         print(f"hint: {source}: data.{hint.removeprefix('data.')}", file=sys.stderr, flush=True)
 
 
-def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
-    """The networks of a config, each checked against its algorithm."""
+def load_models(
+    config: Config, source: str, data: Data, shapes_alone: bool = False
+) -> tuple[Model, ...]:
+    """The networks of a config, each checked against its algorithm; ``shapes_alone``: those of this
+    package have no values and need no memory.
+    """
     models, builder_inputs = [], (data.classes, data.shape, config.seed, data.tokens, data.padding)
     loss = load_loss(config, source)
     with prefix_errors(source, "model"):
@@ -90,6 +94,7 @@ def load_models(config: Config, source: str, data: Data) -> tuple[Model, ...]:
                 output=network.output,
                 dtype=network.dtype,
                 packed=config.data.source.language.packing,
+                shapes_alone=shapes_alone,
             )
             models.append(replace(model, loss=loss))
         with prefix_errors(source, "algorithm"), warnings.catch_warnings():
@@ -214,11 +219,18 @@ class Parts(NamedTuple):
 
 
 def make_parts(
-    config: Config, source: str, hosts_clients: bool, device: torch.device, beat: Callable[[], None]
+    config: Config,
+    source: str,
+    hosts_clients: bool,
+    device: torch.device,
+    beat: Callable[[], None],
+    shapes_alone: bool = False,
 ) -> Parts:
-    """``hosts_clients``: whether this rank trains clients; ``beat``: ``on_batch`` of ``Feed``."""
+    """``hosts_clients``: whether this rank trains clients; ``beat``: ``on_batch`` of ``Feed``;
+    ``shapes_alone``: see ``assembly.build``.
+    """
     data = load_data(config, source)
-    models = load_models(config, source, data)
+    models = load_models(config, source, data, shapes_alone)
     split = split_data(config, source, data)
     samples, sample_split = make_samples(config, data, split)
     feed = None
@@ -229,7 +241,7 @@ def make_parts(
                 sample_split,
                 seed=config.seed,
                 shift=config.data.source.shift,
-                device=device,
+                device=torch.device("meta") if models[0].is_without_values else device,
                 augment=True,
                 on_batch=beat,
             )
@@ -327,7 +339,9 @@ def _initial_variables(
     def initialize(method, model):
         initial = method.init(model, rng(config.seed, "init"))
         # clients train float32 copies of parameters that are stored in fewer bits
-        return tmap_vars(lambda v: v.float() if v.dtype == model.dtype else v, initial)
+        initial = tmap_vars(lambda v: v.float() if v.dtype == model.dtype else v, initial)
+        # what the server and the checkpoints hold of a network without values: zeros
+        return tmap_vars(lambda v: torch.zeros_like(v, device="cpu") if v.is_meta else v, initial)
 
     initial_variables = [
         Variables(

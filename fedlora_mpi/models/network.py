@@ -216,7 +216,13 @@ class Model:
 
     def zero_inputs(self, samples: int) -> Tensor:
         """Return inputs [samples, *shape] without information, see ``_zero_inputs``."""
-        return _zero_inputs(samples, self.shape, self.tokens)
+        with torch.device("meta") if self.is_without_values else nullcontext():
+            return _zero_inputs(samples, self.shape, self.tokens)
+
+    @property
+    def is_without_values(self) -> bool:
+        """Whether initial weights are on the device meta, where they have shapes alone."""
+        return any(v.is_meta for v in self.all_values.values())
 
     def training_context(self, batch: Batch) -> AbstractContextManager:
         """Return the context for training passes on a mini-batch of one client.
@@ -270,9 +276,12 @@ class Model:
         return replace(self, batch_statistics=False, modules=modules, bodies=bodies)
 
     def to(self, device: torch.device) -> "Model":
-        """Return the same network with its initial weights and constants on ``device``."""
+        """Return the same network with its initial weights and constants on ``device``; those on
+        the device meta stay there.
+        """
         initial, constants = (
-            {n: v.to(device) for n, v in tree.items()} for tree in (self.initial, self.constants)
+            {n: v if v.is_meta else v.to(device) for n, v in tree.items()}
+            for tree in (self.initial, self.constants)
         )
         return replace(self, initial=initial, constants=constants)
 
@@ -340,7 +349,9 @@ def from_module(
     of the module's output that holds the logits; None: see ``output_field``. ``positions``: the
     logits are [B, positions, classes]; 0: they are [B, classes]. ``dtype``: store the parameters so
     and compute in it, from inputs and to logits in float32; None: as ``module`` has them.
-    ``trial``: whether passes are tried for side effects; networks of this package have none.
+    ``trial``: whether ``module`` may come wrapped and passes are tried for side effects; networks of
+    this package have none. Without a trial it may be on the device meta, without values, if that is
+    torch's default device.
     ``keep``: nobody else uses ``module``, so the initial values are its own tensors, not copies: a
     large network is in memory once.
 
@@ -348,7 +359,8 @@ def from_module(
     BatchNorm with a cumulative average instead of a momentum, has a parameter that cannot be
     trained, or is not a function of its parameters, buffers and inputs (see ``purity``).
     """
-    module, zeros = _prepare_module(unwrap(module), _zero_inputs(2, shape, tokens), dtype, trial)
+    module = unwrap(module) if trial else module
+    module, zeros = _prepare_module(module, _zero_inputs(2, shape, tokens), dtype, trial)
     expected = [2, positions, classes] if positions else [2, classes]
     traits = _probe_module(copy_module(module, keep), expected, zeros, output)
     if traits["output"] is not None:
@@ -444,8 +456,9 @@ def _ends_in_linear(model: Model, x: Tensor) -> bool:
     with torch.no_grad(), isolate_rng(0, "trial"), Substitutes(None, torch.tensor(0)):
         try:
             z = eval_model.features(tree, x.clone())
-            return z.dim() == 2 and torch.allclose(
-                eval_model.classify(tree, z), eval_model(tree, x.clone()), 1e-4, 1e-5, True
+            logits, expected = eval_model.classify(tree, z), eval_model(tree, x.clone())
+            return z.dim() == 2 and (
+                logits.is_meta or torch.allclose(logits, expected, 1e-4, 1e-5, True)
             )
         except (RuntimeError, AttributeError, ValueError):
             # the network uses its head in other ways than calling it

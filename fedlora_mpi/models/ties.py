@@ -41,7 +41,8 @@ def find_ties(module: nn.Module) -> dict[str, str]:
     unique_tensors = named_tensors(module)
     name_at_address: dict[int, str] = {}
     for name, value in unique_tensors.items():
-        earlier = name_at_address.setdefault(value.data_ptr(), name) if value.numel() else name
+        address = value.data_ptr() or id(value)  # an empty tensor and one on meta have none
+        earlier = name_at_address.setdefault(address, name)
         if earlier != name and (value.requires_grad or unique_tensors[earlier].requires_grad):
             raise ValueError(
                 f"name: {earlier} and {name} of the network are two tensors in one memory; "

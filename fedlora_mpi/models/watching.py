@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core.seeds import isolate_rng
+from ..core.tree import storage_key
 from .substitutes import Substitutes
 from .unwrapping import copy_module
 
@@ -281,7 +282,7 @@ def _has_parameters(module: nn.Module) -> bool:
 
 def _storage_key(tensor: Tensor) -> tuple[int, int]:
     """Return a key that is equal for tensors with the same numbers in the same memory."""
-    return tensor.untyped_storage().data_ptr(), tensor.numel()
+    return storage_key(tensor), tensor.numel()
 
 
 def _head_of_product(module: nn.Module, product: _Product) -> tuple[str, set[str]]:

@@ -8,6 +8,7 @@ A builder with a parameter ``packed`` can make networks for rows of several text
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -243,6 +244,7 @@ def build(
     positions: int = 0,
     dtype: str | None = None,
     packed: bool = False,
+    shapes_alone: bool = False,
 ) -> Model:
     """Return the model ``name`` with initial weights drawn from ``seed``, or read from ``weights``.
 
@@ -251,13 +253,15 @@ def build(
     ``padding`` if it has that parameter) and returns an nn.Module. ``weights``: see
     ``weights.find_file``; ``adapter``: see ``peft_files.load_adapter``; ``head``, ``output``,
     ``positions`` and ``dtype`` (torch's name): see ``network.from_module``; ``packed``: whether an
-    input is a row of several texts.
+    input is a row of several texts. ``shapes_alone``: build a network of this package without
+    values, on the device meta; no weights are read, whatever their size.
 
     Raises ValueError if there is no such model, if it refuses its options or inputs, if the weights
     or the adapter are missing or do not fit, if it has no such head or output, or if it cannot read
     several texts in a row.
     """
-    with isolate_rng(seed, "model"):
+    on_meta = shapes_alone and not is_external(name)
+    with isolate_rng(seed, "model"), torch.device("meta") if on_meta else nullcontext():
         own = _own_options(name, {"head": head, "output": output})
         inputs = {"positions": positions, "dtype": dtype} if name == "hf" else {}
         module = _build_module(
@@ -274,17 +278,17 @@ def build(
             output=output,
             positions=positions,
             dtype=getattr(torch, dtype) if dtype else None,
-            trial=name == "hf" or is_external(name),
+            trial=is_external(name) or name == "hf" and not on_meta,
             keep=not is_external(name),
         )
         if is_external(name) and not name.startswith("torchvision:"):
             model = replace(model, couples=couples_examples(model, seed))
-    if packed:
+    if packed and not on_meta:
         try:
             check_packing(partial(model.eval_mode(), model.initial), tokens, shape[0])
         except ValueError as error:
             raise ValueError(f"name = {name}: {error}") from error
-    if weights is not None:
+    if weights is not None and not on_meta:
         try:
             tree = files.read(*files.find_file(name, weights), keep_double=True)
             model = files.load_weights(model, tree)

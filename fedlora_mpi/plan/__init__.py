@@ -28,9 +28,12 @@ from ..data.feed import Feed
 from ..experiment.assembly import Assembly, build
 from ..experiment.engine_choice import worker_ranks
 from ..experiment.fingerprint import recorded_inventory
+from ..experiment.parts import load_data, load_models
 from ..federation.clients import ClientType
 from ..federation.federation import Federation, State
+from ..models.zoo import is_external
 from ..mpi.comm import Solo
+from ..mpi.ending import collectively
 from .counted import gpu_capacity, network_tensors
 from .devices import BANDWIDTH, BANDWIDTH_SHARE, CONTEXT_BYTES, LATENCY, PEAK_SHARE, find_device
 from .forecast import Costs, Machine, Seconds, forecast
@@ -39,6 +42,7 @@ from .scaling import scaling_text
 from .unit_costs import measure_costs, untrained_aggregate
 
 _COLUMNS = 20  # approximate number of columns of the log
+_LARGEST_BYTES = 2e9  # networks of more bytes are not built for a plan with --gpus
 # bytes of a log, and of a checkpoint's files, without the numbers in them
 _LOG_BYTES, _CHECKPOINT_BYTES = 120_000, 60_000
 
@@ -84,7 +88,8 @@ def estimate(
         stacks = gpu and config.engine.path != "loop" and not config.engine.gradient_checkpointing
         path = "stack" if stacks else config.engine.path
         config = replace(config, engine=replace(config.engine, device="cpu", path=path))
-    assembly = build(config, source, Solo(), requested_path)
+    shapes_alone = gpu is not None and _is_large(config, source)
+    assembly = build(config, source, Solo(), requested_path, shapes_alone)
     cores = os.cpu_count() or 1
     other_workers = 0 if gpus else min(len(workers), cores // config.engine.threads) - 1
     costs, client_bytes = measure_costs(assembly, gpu, max(0, other_workers))
@@ -111,6 +116,7 @@ def estimate(
         held_bytes += personal_bytes[fullest_rank] * (1 + 4 * config.participation)
     memory = (
         costs.resident
+        + (_network_bytes(federation) if shapes_alone else 0)
         + held_bytes
         + (16 if config.reduce == "exact" else 4) * federation.aggregator.terms.size
     )
@@ -118,6 +124,22 @@ def estimate(
     return Estimate(
         assembly, seconds, memory, len(clients[fullest_rank]), client_bytes, machine, costs
     )
+
+
+def _is_large(config: Config, source: str) -> bool:
+    """Whether the networks are so large that they are not built here but counted by their shapes.
+
+    Raises Refusal for the user's mistakes.
+    """
+
+    if any(is_external(network.name) for network in config.model.mix):
+        return False
+
+    def count_bytes() -> int:
+        models = load_models(config, source, load_data(config, source), shapes_alone=True)
+        return sum(v.nbytes for model in models for v in network_tensors(model) if v.is_meta)
+
+    return collectively(Solo(), count_bytes) > _LARGEST_BYTES
 
 
 def plan(
@@ -431,6 +453,8 @@ def _origin_lines(
             "starting operations, adding up and writing here, on one core; operations, FLOPs and "
             "bytes counted"
         )
+        model = estimated.assembly.federation.clients.trainer.model
+        measured_here += " by shapes, no weights read" if model.is_without_values else ""
         assumed.append(
             f"{PEAK_SHARE:.0%} of the {gpus}'s FLOP/s and {BANDWIDTH_SHARE:.0%} of its memory "
             f"bandwidth are reached; {format_bytes(CONTEXT_BYTES)} for CUDA"

@@ -6,22 +6,25 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..core.tree import Tree, nbytes
+from ..core.tree import Tree, nbytes, storage_key
 from ..engine.speed import TruncatedFeed
 from ..engine.train import Trainer
+from ..engine.walk import tmap_vars
 from ..federation.clients import ClientType
 from ..models.network import Model
 from .devices import BANDWIDTH_SHARE, CONTEXT_BYTES, PEAK_SHARE, Device
 from .line import CostLine, sample_limits
 
+_META = torch.device("meta")
 _BATCH_SIZE = 4  # samples of a counted step; costs are linear in the number of samples
 
 
@@ -73,17 +76,26 @@ def count_gpu_costs(
     )
     v, samples = client_type.initial, trainer.feed.train_size(client)
     trainer = replace(trainer, feed=feed, settings=settings, stacked=False, step_compiler=None)
+    if trainer.model.is_without_values:
+        trainer = replace(trainer, device=_META)
+        v = tmap_vars(lambda value: value.to(_META), v)
     rows = {name: value[None] for name, value in v.personal.items()}
 
+    @cache
     def count_training(limit: int) -> Count:
         feed.limit = limit
         return _count(lambda: list(trainer.train([client], v.shared, rows, 0)))
 
+    @cache
     def count_evaluation(limit: int) -> Count:
         feed.limit = limit
         return _count(lambda: trainer.evaluate([client], v.shared, rows))
 
-    operation_seconds = _operation_seconds(trainer, client, v.shared, rows, count_training)
+    list(trainer.train([client], v.shared, rows, 0))  # the first call fills caches
+    if trainer.model.is_without_values:
+        operation_seconds = _seconds_of_small_operation()
+    else:
+        operation_seconds = _operation_seconds(trainer, client, v.shared, rows, count_training)
 
     def price(count):
         return _price_counts(count, samples, operation_seconds, device, precision)
@@ -152,14 +164,16 @@ class _Counter(TorchDispatchMode):
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         else:
             self.bytes += sum(t.nbytes for t in {id(t): t for t in (*inputs, *outputs)}.values())
-        known = {t.untyped_storage().data_ptr() for t in inputs}
+        known = {storage_key(t) for t in inputs}
         for tensor in outputs:
-            self._note_memory(tensor.untyped_storage(), known)
+            self._note_memory(tensor, known)
         return out
 
-    def _note_memory(self, memory: torch.UntypedStorage, known: Collection[int]) -> None:
-        """Count ``memory`` until it is freed, unless an operation has only written to it."""
-        place = memory.data_ptr()
+    def _note_memory(self, tensor: Tensor, known: Collection[int]) -> None:
+        """Count the memory of ``tensor`` until it is freed, unless an operation has only written to
+        it.
+        """
+        place, memory = storage_key(tensor), tensor.untyped_storage()
         if place in known or place in self._alive or not memory.nbytes():
             return
         self._alive[place] = memory.nbytes()
@@ -189,6 +203,24 @@ def _operation_seconds(
     for _ in range(3):
         started = time.process_time()
         list(trainer.train([client], shared, rows, 0))
+        seconds.append(time.process_time() - started)
+    return min(seconds) / operations
+
+
+def _seconds_of_small_operation() -> float:
+    """Seconds that this machine needs to start one operation, measured on a small network."""
+    network = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(8, 8), nn.ReLU())))
+    x, optimizer = torch.ones(4, 8), torch.optim.SGD(network.parameters(), 0.0, foreach=False)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        network(x).sum().backward()
+        optimizer.step()
+
+    operations, seconds = _count(step).operations, []
+    for _ in range(20):
+        started = time.process_time()
+        step()
         seconds.append(time.process_time() - started)
     return min(seconds) / operations
 

@@ -8,25 +8,27 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..aggregation.client_mix import PackedMix
 from ..aggregation.exact_sum import SUM_TYPES
 from ..aggregation.neighbour_mix import NeighbourMixing
 from ..aggregation.svd import right_vectors
-from ..algorithm import Aggregate, Reports, Term, Upload
+from ..algorithm import Aggregate, Reports, Term, Upload, Variables
 from ..core.paths import expand_home
 from ..core.tree import Tree, tmap
 from ..engine.speed import TruncatedFeed
+from ..engine.train import ClientResult, Trainer
 from ..experiment.assembly import Assembly
 from ..federation.client_store import ClientStore
 from ..federation.clients import Clients
@@ -52,13 +54,13 @@ def measure_costs(
 ) -> tuple[Costs, float]:
     """Return the unit costs of a run on this machine, and the bytes of GPU memory per client.
 
-    With ``gpu``, operations are counted, not measured; without it the bytes are 0. Training is
-    measured while ``busy_processes`` other processes train here.
+    With ``gpu``, operations of training are counted, and rounds without it are measured; without
+    ``gpu`` the bytes are 0. Training is measured while ``busy_processes`` other processes train here.
     """
     federation, client_bytes = assembly.federation, 0.0
     clients = federation.cohorts.clients(0)
     trials = {
-        number: _Trial(assembly, number, is_tiny=gpu is not None)
+        number: _Trial(assembly, number, trains=gpu is None)
         for number in range(len(clients.types))
     }
     units = {number: trial.measure_unit(busy_processes) for number, trial in trials.items()}
@@ -138,13 +140,44 @@ def _decomposed_matrices(federation: Federation) -> dict[str, tuple[Tensor, int]
     return decomposed
 
 
+class _Untrained(Trainer):
+    """Returns what it receives and tests nothing: a round costs what it costs beside training."""
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> "_Untrained":
+        return cls(**{field.name: getattr(trainer, field.name) for field in fields(trainer)})
+
+    def train(
+        self,
+        clients: Sequence[int],
+        shared: Tree,
+        personal_C: Tree,
+        round_: int,
+        evaluate: bool = False,
+    ) -> Iterator[ClientResult]:
+        received = self.transport.download(shared)
+        scores = self.score_clients(clients, shared, personal_C)
+        for row, client in enumerate(clients):
+            v = Variables(received, {n: rows[row] for n, rows in personal_C.items()})
+            score = scores[row] if evaluate else None
+            yield ClientResult(client, v, v, torch.zeros(()), score, v.personal)
+
+    def score_clients(
+        self, clients: Sequence[int], shared: Tree, personal_C: Tree, round_: int = 0
+    ) -> Tensor:
+        return torch.zeros(len(clients), 3 + len(self.metrics), dtype=torch.float64)
+
+
 class _Trial:
     """Rounds of one stack of a type of client; their durations by number of samples used."""
 
-    def __init__(self, assembly: Assembly, number: int, is_tiny: bool) -> None:
+    def __init__(self, assembly: Assembly, number: int, trains: bool) -> None:
         self._config, self._federation = assembly.config, assembly.federation
         self._clients, self._number = self._federation.cohorts.clients(0), number
+        self._trains = trains  # else rounds without training are measured
         self._type = self._clients.types[number]
+        if not trains:
+            self._type = replace(self._type, trainer=_Untrained.of(self._type.trainer))
         placement, sizes = self._federation.placement, self._clients.sizes
         self.group = next(
             g
@@ -153,10 +186,10 @@ class _Trial:
         )
         with_data = [c for c in self.group if sizes[c]]
         stack = placement.split_into_stacks(with_data, self._clients)[0]
-        use_full_stack = self._type.trainer.stacked and not is_tiny
+        use_full_stack = self._type.trainer.stacked and trains
         # a loop costs the same per client, so one client is enough
         self._stack = tuple(stack if use_full_stack else stack[:1])
-        self.client, self._is_tiny = stack[0], is_tiny  # tiny: one sample per client is enough
+        self.client = stack[0]
         self._feed = TruncatedFeed(self._type.trainer.feed, 1)
         self._one_stack = self._only_stacks((self._stack,))
         self._stage_seconds: dict[tuple, list[tuple[float, ...]]] = {}
@@ -169,7 +202,7 @@ class _Trial:
             [self._clients.sizes[c] for c in self._stack],
             self._config.train.batch_size,
         )
-        sample_sizes = (1, 1, 1) if self._is_tiny else sample_limits(max(sizes), batch_size)
+        sample_sizes = sample_limits(max(sizes), batch_size) if self._trains else (1, 1, 1)
         two_stacks, half_stack = self._two_stacks(), self._half_stack()
         trials = [
             (limit, evaluate, self._one_stack)
@@ -198,7 +231,7 @@ class _Trial:
         def train_seconds(limit):
             return self._median_stage(limit, False, self._one_stack, 0)
 
-        max_samples = 1 if self._is_tiny else max_samples
+        max_samples = max_samples if self._trains else 1
         line = CostLine.through(train_seconds, stack_size, max_samples, batch_size)
         if half_stack:
             line = line.with_client_cost(
@@ -383,9 +416,13 @@ class _Trial:
             return tuple(v if c in stacked_clients else 0 for c, v in enumerate(values))
 
         small_step_settings = replace(self._config.train, lr=1e-6 * self._config.train.lr)
-        types = tuple(
-            replace(t, trainer=replace(t.trainer, feed=self._feed, settings=small_step_settings))
+        trainers = (
+            replace(t.trainer, feed=self._feed, settings=small_step_settings)
             for t in self._clients.types
+        )
+        types = tuple(
+            replace(t, trainer=trainer if self._trains else _Untrained.of(trainer))
+            for t, trainer in zip(self._clients.types, trainers, strict=True)
         )
         clients = Clients(
             types,
