@@ -57,9 +57,7 @@ def test_a_causal_model_is_the_same_without_values_and_its_weights_are_not_read(
     real, _ = both("hf", options := {"folder": str(folder)}, positions=LENGTH)
     (folder / "model.safetensors").write_bytes(b"not read")
     shape = (LENGTH,)
-    meta = zoo.build(
-        "hf", options, TOKENS, shape, 1, TOKENS, positions=LENGTH, shapes_alone=True
-    )
+    meta = zoo.build("hf", options, TOKENS, shape, 1, TOKENS, positions=LENGTH, shapes_alone=True)
     check_alike(real, meta)
     with pytest.raises(ValueError, match="texts of up to 16 tokens"):
         zoo.build("hf", options, TOKENS, (40,), 1, TOKENS, positions=40, shapes_alone=True)

@@ -349,9 +349,9 @@ def from_module(
     of the module's output that holds the logits; None: see ``output_field``. ``positions``: the
     logits are [B, positions, classes]; 0: they are [B, classes]. ``dtype``: store the parameters so
     and compute in it, from inputs and to logits in float32; None: as ``module`` has them.
-    ``trial``: whether ``module`` may come wrapped and passes are tried for side effects; networks of
-    this package have none. Without a trial it may be on the device meta, without values, if that is
-    torch's default device.
+    ``trial``: whether ``module`` may come wrapped and passes are tried for side effects, of which
+    networks of this package have none. Without a trial it may be on the device meta, without
+    values, if that is torch's default device.
     ``keep``: nobody else uses ``module``, so the initial values are its own tensors, not copies: a
     large network is in memory once.
 

@@ -55,13 +55,13 @@ def measure_costs(
     """Return the unit costs of a run on this machine, and the bytes of GPU memory per client.
 
     With ``gpu``, operations of training are counted, and rounds without it are measured; without
-    ``gpu`` the bytes are 0. Training is measured while ``busy_processes`` other processes train here.
+    ``gpu`` the bytes are 0. Training is measured while ``busy_processes`` other processes train
+    here.
     """
     federation, client_bytes = assembly.federation, 0.0
     clients = federation.cohorts.clients(0)
     trials = {
-        number: _Trial(assembly, number, trains=gpu is None)
-        for number in range(len(clients.types))
+        number: _Trial(assembly, number, trains=gpu is None) for number in range(len(clients.types))
     }
     units = {number: trial.measure_unit(busy_processes) for number, trial in trials.items()}
     if gpu:
