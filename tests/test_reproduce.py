@@ -490,7 +490,7 @@ def test_the_interval_of_the_order_is_that_of_seeds_that_all_entries_have():
 def test_the_medium_scale_is_table_1s_alone(capsys):
     assert Request("table1", scale="medium").run_seeds == (1, 2, 3)
     (case,) = Request("table1", scale="medium").cases
-    assert case.scale_sizes("medium")[:2] == (40, 100)
+    assert case.scale_sizes("medium")[:2] == (20, 100)
     with pytest.raises(ValueError, match="--scale = medium: only table1 has it"):
         Request("table2", scale="medium")
 

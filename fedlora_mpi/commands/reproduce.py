@@ -172,7 +172,7 @@ OPTIONS = (
     Option(
         "--scale",
         {
-            "table1": "small, medium (the paper's 40 clients with 100 images each), or full, the "
+            "table1": "small, medium (20 clients with 100 images each, three seeds), or full, the "
             "paper's experiment (default small)",
             "": "small, or full, the paper's experiment (default small)",
         },
