@@ -160,6 +160,17 @@ def test_files_that_are_none_are_refused(tmp_path):
             gpt(folder)
 
 
+def test_a_network_without_values_has_the_same_adapter(tmp_path):
+    scale = {f"{PREFIX}blocks.0.norm1.weight": torch.ones(8)}
+    tied = {f"{PREFIX}words.weight": torch.ones(11, 8)}  # its value cannot be compared
+    folder = write_adapter(tmp_path / "adapter", tensors() | scale | tied)
+    arguments = ("gpt", OPTIONS, 11, (6,), 1, 11)
+    model = zoo.build(*arguments, positions=6, adapter=str(folder), shapes_alone=True)
+    assert {*model.adapter.factors} == {f"{name}.weight" for name in SHAPES}
+    assert model.adapter.whole == {"blocks.0.norm1.weight"}
+    assert all(v.is_meta for v in model.initial.values())
+
+
 # Start
 
 

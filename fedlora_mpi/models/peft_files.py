@@ -179,6 +179,7 @@ def _is_same_tie(model: Model, name: str, value: Tensor) -> bool:
     first = model.ties.get(name, name)
     if name not in model.ties and first not in model.ties.values():
         return False
-    if first in model.all_leaves and torch.equal(value, model.all_values[first].to(value)):
+    known = model.all_values[first] if first in model.all_leaves else None
+    if known is not None and (known.is_meta or torch.equal(value, known.to(value))):
         return True
     raise ValueError(f"{name}: is tied in the network, and the adapter has another value for it")

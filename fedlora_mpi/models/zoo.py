@@ -299,7 +299,7 @@ def build(
             model = peft_files.load_adapter(model, adapter)
         except ValueError as error:
             raise ValueError(f"adapter = {adapter}: {error}") from error
-    return model
+    return model.to(torch.device("meta")) if on_meta else model
 
 
 def _own_options(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
