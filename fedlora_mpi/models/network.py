@@ -349,11 +349,9 @@ def from_module(
     of the module's output that holds the logits; None: see ``output_field``. ``positions``: the
     logits are [B, positions, classes]; 0: they are [B, classes]. ``dtype``: store the parameters so
     and compute in it, from inputs and to logits in float32; None: as ``module`` has them.
-    ``trial``: whether ``module`` may come wrapped and passes are tried for side effects, of which
-    networks of this package have none. Without a trial it may be on the device meta, without
-    values, if that is torch's default device.
-    ``keep``: nobody else uses ``module``, so the initial values are its own tensors, not copies: a
-    large network is in memory once.
+    ``trial``: whether ``module`` may come wrapped and passes are tried for side effects. Without it
+    ``module`` may be on the device meta, if that is torch's default device. ``keep``: nobody else
+    uses ``module``, so its tensors are the initial values and a large network is in memory once.
 
     Raises ValueError if the module does not map [B, *shape] to logits of this shape, has a
     BatchNorm with a cumulative average instead of a momentum, has a parameter that cannot be

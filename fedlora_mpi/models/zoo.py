@@ -288,7 +288,13 @@ def build(
             check_packing(partial(model.eval_mode(), model.initial), tokens, shape[0])
         except ValueError as error:
             raise ValueError(f"name = {name}: {error}") from error
-    if weights is not None and not on_meta:
+    model = _load_files(model, name, None if on_meta else weights, adapter)
+    return model.to(torch.device("meta")) if on_meta else model
+
+
+def _load_files(model: Model, name: str, weights: str | None, adapter: str | None) -> Model:
+    """Return the same network with the initial weights and the adapter of these files, if any."""
+    if weights is not None:
         try:
             tree = files.read(*files.find_file(name, weights), keep_double=True)
             model = files.load_weights(model, tree)
@@ -299,7 +305,7 @@ def build(
             model = peft_files.load_adapter(model, adapter)
         except ValueError as error:
             raise ValueError(f"adapter = {adapter}: {error}") from error
-    return model.to(torch.device("meta")) if on_meta else model
+    return model
 
 
 def _own_options(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
