@@ -314,8 +314,8 @@ def right_singular_vectors(matrix: Tensor, rows: int) -> Tensor:
     The rows are orthonormal and belong to the largest singular values, in falling order. ``matrix``
     V V' is the best approximation of ``matrix`` of this rank. If the rank of ``matrix`` is lower,
     orthonormal directions outside its row space complete V'. So A = V' and B = ``matrix`` V have no
-    dead component: where B is zero, A is not. The largest entry of a row is positive: a vector's
-    sign would be left to rounding.
+    dead component: where B is zero, A is not. The largest entry of a row is positive;
+    otherwise rounding would choose the sign.
 
     The vectors come from an eigendecomposition of the smaller Gram matrix in float64, which is
     several times as fast as an SVD. Singular values below 1e-8 of the largest are lost, as they are

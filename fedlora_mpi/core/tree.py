@@ -35,8 +35,8 @@ def nbytes(tree: Tree) -> int:
 
 
 def storage_key(value: Tensor) -> int:
-    """Return a number that is equal for tensors that share memory, also on the device meta, where
-    there is none.
+    """Return a number that tensors have in common if they share a storage. It also works on the
+    device meta, whose tensors have no memory.
     """
     storage = value.untyped_storage()
     return storage.data_ptr() or storage._cdata

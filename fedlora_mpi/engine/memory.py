@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.batch import Batch
 from ..core.scheduling import equal_parts
-from ..core.tree import nbytes
+from ..core.tree import nbytes, storage_key
 from ..models.network import Model
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ def stack_capacity(model: Model, batch_size: int, memory: int) -> int:
     saved_storages: dict[int, int] = {}
 
     def record_storage(v: Tensor) -> Tensor:
-        saved_storages[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+        saved_storages[storage_key(v)] = v.untyped_storage().nbytes()
         return v
 
     with (
@@ -122,7 +122,7 @@ def stack_capacity(model: Model, batch_size: int, memory: int) -> int:
         cpu_model.training_context(batch),
     ):
         loss = cpu_model.loss(cpu_model(tree, batch.x), batch)
-    weight_storages = {v.untyped_storage().data_ptr() for v in tree.values()}
+    weight_storages = {storage_key(v) for v in tree.values()}
     saved_bytes = sum(
         size for at, size in saved_storages.items() if at not in weight_storages
     ) * math.ceil(batch_size / samples)

@@ -41,8 +41,8 @@ class Result:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether a client was left out because its numbers were not finite. Scores then tell of a
-        model that had stopped to learn.
+        """Whether a client was left out because its numbers were not finite. Its scores
+        are then those of a model that no longer learns.
         """
         return bool(np.any(self.rounds.get("skipped", 0)))
 
