@@ -172,8 +172,10 @@ def checks(task: dict, device: str) -> Iterator[tuple[str, Callable[[], dict]]]:
             f"{method}: stack by products against loop",
             near(5e-2, by_products, loop | steps),
         )
-        for name, path in (("stack", stack), ("loop", loop)):
+        streams = {"path": "streams", "group_size": 4}
+        for name, path in (("stack", stack), ("loop", loop), ("streams", streams)):
             yield f"{method}: recorded {name} against steps", near(5e-2, path | again, path | steps)
+        yield f"{method}: streams against loop", near(0, streams | again, loop | again)
         for precision, most in (("tf32", 0.2), ("bf16", 0.5)):
             for name, path in (("stack", stack), ("loop", loop)):
                 how = path | {"precision": precision}
@@ -300,6 +302,7 @@ def ways(task: dict, device: str, quick: bool) -> dict[str, dict]:
         f"stack of {clients // 2}": stack,
         f"stack of {clients // 2}, products, graphs": stack
         | {"graphs": True, "convolutions": "products"},
+        "8 streams, graphs": {"path": "streams", "group_size": 8, "graphs": True},
         "loop, graphs": {"path": "loop", "graphs": True},
         "loop": {"path": "loop", "graphs": False},
         f"stack of {clients // 4}, graphs": stack
@@ -312,7 +315,13 @@ def ways(task: dict, device: str, quick: bool) -> dict[str, dict]:
         "compiled": stack | {"compile": True},
     }
     left_out = (
-        ("compiled", "loop, graphs", f"stack of {clients // 4}", f"stack of {clients},")
+        (
+            "compiled",
+            "loop, graphs",
+            "8 streams",
+            f"stack of {clients // 4}",
+            f"stack of {clients},",
+        )
         if quick
         else ()
     )

@@ -1,7 +1,7 @@
-"""A real Slurm cluster of one node for the tests, in a folder of its own, gone after them.
+"""A real Slurm cluster for the tests, in a folder of its own, gone after them.
 
-Needs Debian's ``slurm-wlm`` and ``munge`` (or their like) and two cores; it works for root and for
-others.
+Its one node is this machine, or its nodes are those of ``nodes/node_lab.py``. Needs Debian's
+``slurm-wlm`` and ``munge`` (or their like) and two cores; one node works for root and for others.
 """
 
 import os
@@ -10,18 +10,20 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from runs import process_environment, run_process, wait_until
 
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-# cred_expire: how long a job that was queued again waits before it may start, seconds.
+# cred_expire: how long a job that was queued again waits before it may start, seconds. Jobs of the
+# partition "urgent" take the nodes of other jobs, which are queued again. GPUs are names alone.
 CONF = """\
 ClusterName=tests
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={controller}
 SlurmUser={user}
 SlurmdUser={user}
 SlurmctldPort={ports[0]}
@@ -30,11 +32,11 @@ AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={home}/munge.socket,cred_expire=5
 StateSaveLocation={home}/state
-SlurmdSpoolDir={home}/spool
+SlurmdSpoolDir={home}/spool-%n
 SlurmctldPidFile={home}/slurmctld.pid
-SlurmdPidFile={home}/slurmd.pid
+SlurmdPidFile={home}/slurmd-%n.pid
 SlurmctldLogFile={home}/slurmctld.log
-SlurmdLogFile={home}/slurmd.log
+SlurmdLogFile={home}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -45,20 +47,35 @@ KillWait=5
 ReturnToService=2
 PluginDir={plugins}
 PlugStackConfig={home}/plugstack.conf
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cores}
-PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE
+SlurmdParameters=config_overrides
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
+{node_lines}
+PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
 """
 
 
+class Host(NamedTuple):
+    """A node of the cluster. command: ``command(*words)`` is the command line that runs there."""
+
+    name: str
+    address: str
+    cores: int
+    command: Callable[..., list[str]]
+
+
 class Cluster:
-    """Its ``env`` is what a user of the cluster has."""
+    """``env`` is what a user of the cluster has, who works on the first node."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, hosts: Sequence[Host]) -> None:
         self.env = process_environment(SLURM_CONF=str(home / "slurm.conf"), PATH=SEARCH_PATH)
+        self.command = hosts[0].command
 
-    def run_command(self, *line: str, cwd: Path = Path("/"), **env: str) -> str:
-        """What a command of Slurm says; fails where it fails."""
-        result = run_process(line, cwd, **self.env | env)
+    def run_command(self, *line: str | Path, cwd: Path = Path("/"), **env: str) -> str:
+        """What a command says; fails where it fails."""
+        result = run_process(self.command(*line), cwd, **self.env | env)
         assert result.returncode == 0, (line, result.stderr)
         return result.stdout
 
@@ -75,17 +92,26 @@ class Cluster:
         )
 
 
+def _this_machine() -> Host:
+    """This machine as a node. Skips the test where it has too few cores."""
+    if (cores := len(os.sched_getaffinity(0))) < 2:
+        pytest.skip("the cluster needs two cores")
+    name = socket.gethostname().partition(".")[0]
+    return Host(name, "127.0.0.1", cores, lambda *line: list(map(str, line)))
+
+
 @contextmanager
-def slurm_cluster(home: Path) -> Iterator[Cluster]:
-    """A cluster that answers. Skips the test, with the reason, where there can be none."""
+def slurm_cluster(home: Path, hosts: Sequence[Host] = ()) -> Iterator[Cluster]:
+    """A cluster of ``hosts`` that answers; without hosts, of this machine.
+
+    Skips the test, with the reason, where there can be none.
+    """
     programs = {
         name: shutil.which(name, path=SEARCH_PATH)
         for name in ("munged", "slurmctld", "slurmd", "sbatch")
     }
     if missing := [name for name, path in programs.items() if path is None]:
         pytest.skip(f"no {', '.join(missing)}: apt-get install slurm-wlm munge")
-    if (cores := len(os.sched_getaffinity(0))) < 2:
-        pytest.skip("the cluster needs two cores")
     plugins = next(
         (
             p.parent
@@ -96,48 +122,68 @@ def slurm_cluster(home: Path) -> Iterator[Cluster]:
     )
     if plugins is None:
         pytest.skip("Slurm has no plugin auth_munge.so under /usr/lib")
-    host = socket.gethostname().partition(".")[0]
+    hosts = hosts or [_this_machine()]
     user = run_process(["id", "-un"], home).stdout.strip()
-    conf = CONF.format(
-        home=home, host=host, user=user, ports=_free_ports(2), cores=cores, plugins=plugins
-    )
-    (home / "slurm.conf").write_text(conf)
-    (home / "plugstack.conf").touch()
-    key = home / "munge.key"
-    key.touch(mode=0o600)
-    key.write_bytes(secrets.token_bytes(128))
-    for name in ("state", "spool"):
-        (home / name).mkdir()
-    new_cluster = Cluster(home)
-    munge = [
+    _write_settings(home, hosts, user, plugins)
+    new_cluster = Cluster(home, hosts)
+    munge_options = [
         f"--{name}={home}/munge.{name.partition('-')[0]}"
         for name in ("socket", "key-file", "pid-file", "log-file", "seed-file")
     ]
-    munge = [programs["munged"], "--force", "--foreground", "--num-threads=2", *munge]
-    with ExitStack() as daemons:
-        for line, ready_file in (
-            (munge, home / "munge.socket"),
-            ([programs["slurmctld"], "-D", "-i"], home / "slurmctld.pid"),
-            ([programs["slurmd"], "-D"], home / "slurmd.pid"),
-        ):
-            daemons.enter_context(_run_daemon(line, home, new_cluster.env, ready_file))
-
-        def is_idle():
-            return (
-                run_process(
-                    ["sinfo", "--noheader", "--format=%T"], home, **new_cluster.env
-                ).stdout.strip()
-                == "idle"
+    munge = [programs["munged"], "--force", "--foreground", "--num-threads=2", *munge_options]
+    daemons = [
+        (hosts[0].command(*munge), home / "munge.socket"),
+        (hosts[0].command(programs["slurmctld"], "-D", "-i"), home / "slurmctld.pid"),
+        *(
+            (
+                host.command(programs["slurmd"], "-D", "-N", host.name),
+                home / f"slurmd-{host.name}.pid",
             )
+            for host in hosts
+        ),
+    ]
 
-        _wait_or_skip(is_idle, "the node does not become idle", home)
-        yield new_cluster
-        run_process(["scancel", "--full", f"--user={user}"], home, **new_cluster.env)
+    def says(*line: str) -> str:
+        return run_process(hosts[0].command(*line), home, **new_cluster.env).stdout.strip()
+
+    with ExitStack() as stack:
+        for line, ready_file in daemons:
+            stack.enter_context(_run_daemon(line, home, new_cluster.env, ready_file))
         _wait_or_skip(
-            lambda: not run_process(["squeue", "--noheader"], home, **new_cluster.env).stdout,
-            "jobs stay",
+            lambda: says("sinfo", "--noheader", "--partition=tests", "--format=%T") == "idle",
+            "the nodes do not become idle",
             home,
         )
+        yield new_cluster
+        says("scancel", "--full", f"--user={user}")
+        _wait_or_skip(lambda: not says("squeue", "--noheader"), "jobs stay", home)
+
+
+def _write_settings(home: Path, hosts: Sequence[Host], user: str, plugins: Path) -> None:
+    """Write what the daemons read, and make the folders that they write to."""
+    node_lines = [
+        f"NodeName={host.name} NodeAddr={host.address} CPUs={host.cores} Gres=gpu:4"
+        for host in hosts
+    ]
+    settings = {
+        "slurm.conf": CONF.format(
+            home=home,
+            controller=f"{hosts[0].name}({hosts[0].address})",
+            user=user,
+            ports=_free_ports(2),
+            node_lines="\n".join(node_lines),
+            plugins=plugins,
+        ),
+        "gres.conf": "AutoDetect=off\nName=gpu File=/dev/tty[0-3]\n",
+        "plugstack.conf": "",
+    }
+    for name, text in settings.items():
+        (home / name).write_text(text)
+    key = home / "munge.key"
+    key.touch(mode=0o600)
+    key.write_bytes(secrets.token_bytes(128))
+    for folder in ("state", *(f"spool-{host.name}" for host in hosts)):
+        (home / folder).mkdir()
 
 
 @contextmanager

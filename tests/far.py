@@ -59,6 +59,7 @@ class FarMachine(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.wait_names, self.raises_on_wait, self.tape = [], False, None
+        self.stream, self.stream_calls = None, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -80,6 +81,7 @@ class FarMachine(TorchDispatchMode):
             raise RuntimeError(f"{func}: tensors on both devices")
         if has_far and (func in WAITING_OPS or not is_far_result):
             self.wait_names.append(str(func))
+            self.stream_calls.append((str(func),))
             if self.raises_on_wait or self.tape is not None:
                 raise RuntimeError(f"a synchronizing operation: {func}\nand more")
         args_near, kwargs_near = pytree.tree_map(to_near, (args, kwargs))
@@ -131,13 +133,22 @@ class FarMachine(TorchDispatchMode):
 def patch_cuda(machine, monkeypatch):
     """Let those functions of ``torch.cuda`` that record be about ``machine``."""
 
+    class Stream:
+        def __init__(self, device=None):
+            self.cuda_stream = id(self)
+
+        def wait_stream(self, other):
+            machine.stream_calls.append((self, "waits for", other))
+
     class CUDAGraph:
         def replay(self):
+            assert self.stream is None or self.stream is machine.stream  # where it was recorded
             machine.replay_tape(self.tape)
 
     class graph:
-        def __init__(self, graph, pool=None):
+        def __init__(self, graph, pool=None, stream=None):
             self.graph = graph
+            graph.stream = stream
 
         def __enter__(self):
             machine.tape = self.graph.tape = []
@@ -147,22 +158,27 @@ def patch_cuda(machine, monkeypatch):
             if error_type:  # as CUDA says it, while the error itself becomes the context
                 raise RuntimeError("operation failed due to a previous error during capture")
 
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
     class stream:
         def __init__(self, stream):
-            pass
+            self.inner = stream
 
-        __enter__ = __exit__ = lambda self, *_: None
+        def __enter__(self):
+            self.outer, machine.stream = machine.stream, self.inner
+            machine.stream_calls.append((self.inner, "computes"))
+
+        def __exit__(self, *_):
+            machine.stream = self.outer
+
+    default_stream = machine.stream = Stream()
+    machine.stream_calls = []
 
     fakes = {
         "CUDAGraph": CUDAGraph,
         "graph": graph,
         "Stream": Stream,
         "stream": stream,
-        "current_stream": Stream,
+        "current_stream": lambda device=None: machine.stream,
+        "default_stream": lambda device=None: default_stream,
         "get_sync_debug_mode": lambda: 0,
         "set_sync_debug_mode": lambda mode: setattr(machine, "strict", mode == "error"),
     }

@@ -36,6 +36,7 @@ from fedlora_mpi.algorithms.fedavg import FedAvg
 from fedlora_mpi.core.batch import cross_entropy
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.engine import graphs as recording
+from fedlora_mpi.engine.client_streams import ClientStreams
 from fedlora_mpi.engine.device import choose_path
 from fedlora_mpi.engine.graphs import CudaGraph, GraphCache
 from fedlora_mpi.engine.half import bfloat16_forward
@@ -285,7 +286,7 @@ def test_the_hint_names_the_first_error_and_the_allocator_learns_that_the_record
     assert equal(ends(federation, state), plain)
     (line,) = capsys.readouterr().err.splitlines()
     assert "this operation cannot be recorded; the steps are played one by one" in line
-    assert left == [(0, federation.clients.trainer.graphs._pool)]
+    assert left == [(0, None)]
 
 
 def test_more_sizes_than_are_recorded_run_step_by_step_with_a_hint(monkeypatch, capsys):
@@ -322,13 +323,13 @@ def test_long_epochs_are_several_recordings_and_the_oldest_give_way(monkeypatch)
     federation, state = made("fedlora", True, "cnn")
     held = recorded(federation)
     assert equal(ends(held, state), ends(*made("fedlora", True, "cnn")))
-    (walk, _), *_ = held.clients.trainer.graphs._runners.values()
+    ((walk, _), *_) = runners_of(held).values()
     assert [len(place._graphs) for place in walk.recorded.values()] == [2]  # three batches
     for most in ("_MAX_RUNNERS", "_MAX_EPOCHS"):
         monkeypatch.setattr(recording, most, 1)
     held = recorded(federation)
     assert equal(ends(held, made("fedlora", True, "cnn")[1]), ends(*made("fedlora", True, "cnn")))
-    assert len(held.clients.trainer.graphs._runners) == 1
+    assert len(runners_of(held)) == 1
     held.clients.trainer.graphs.clear()
     assert not held.clients.trainer.graphs._runners
 
@@ -346,11 +347,94 @@ def test_what_a_loss_holds_decides_whether_a_recording_serves(monkeypatch):
     federation, state = made("weighted")
     held = recorded(federation)
     assert equal(ends(held, state), ends(*made("weighted")))
-    assert len(held.clients.trainer.graphs._runners) == 3
+    assert len(runners_of(held)) == 3
     monkeypatch.undo()
     held = recorded(made("moon")[0])
     ends(held, made("moon")[1], 4)
-    assert len(held.clients.trainer.graphs._runners) == 1  # its teacher is made anew in every round
+    assert len(runners_of(held)) == 1  # its teacher is made anew in every round
+
+
+def runners_of(federation):
+    """The recorded phases of the one stream."""
+    (runners,) = federation.clients.trainer.graphs._runners.values()
+    return runners
+
+
+# Several clients at once, each on a stream
+
+
+@pytest.mark.parametrize(
+    "name, network", [("fedlora", "bn_net"), ("fedavg", "cnn"), thorough_param("fedcac", "cnn")]
+)
+def test_clients_on_streams_have_the_bits_of_the_loop(name, network, machine, monkeypatch, capsys):
+    far.patch_cuda(machine, monkeypatch)
+    sizes = (7, 7, 7, 7, 3)  # equal ones, so that each stream meets an epoch again
+    plain = ends(*made(name, False, network, sizes=sizes))
+    federation, state = made(name, False, network, far.DEVICE, sizes)
+    graphs = GraphCache(far.DEVICE, CudaGraph)
+    streams = ClientStreams(far.DEVICE, 2)
+    federation = small.with_trainers(federation, graphs=graphs, streams=streams)
+    assert equal(ends(federation, state), plain)
+    # of both streams: a replay elsewhere would have failed
+    recorded = [sum(len(r.recorded) for r, _ in kind.values()) for kind in graphs._runners.values()]
+    assert len(recorded) == 2 and all(recorded)
+    assert not capsys.readouterr().err
+
+
+def test_the_host_waits_when_all_streams_have_their_work(machine, monkeypatch):
+    far.patch_cuda(machine, monkeypatch)
+    federation, state = made("fedavg", False, "cnn", far.DEVICE)
+    federation = small.with_trainers(federation, streams=ClientStreams(far.DEVICE, 2))
+    trainer, main = federation.clients.trainer, machine.stream
+    machine.stream_calls.clear()
+    results = list(trainer.train(range(5), state.shared, {}, 0))
+    assert [result.client for result in results] == list(range(5))
+    one, two = trainer.streams._streams
+    both = [
+        (one, "waits for", main),
+        (one, "computes"),
+        (two, "waits for", main),
+        (two, "computes"),
+    ]
+    joined = [(main, "waits for", one), (main, "waits for", two)]
+    wait = [("aten._to_copy.default",)]
+    alone = [both[0], both[1], joined[0], *wait]
+    assert machine.stream_calls == [*both, *joined, *2 * wait, *both, *joined, *2 * wait, *alone]
+
+
+def test_streams_without_memory_for_all_train_fewer_clients_at_once(monkeypatch, capsys):
+    plain = ends(*made("fedlora", False, "cnn"))
+    federation, state = made("fedlora", False, "cnn")
+    streams, whole = ClientStreams(small.CPU, 4), ClientStreams.compute
+
+    def compute(self, tasks):
+        if len(tasks) > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return whole(self, tasks)
+
+    monkeypatch.setattr(ClientStreams, "compute", compute)
+    budget = MemoryBudget(changes_bits=False)
+    federation = small.with_trainers(federation, streams=streams, memory_budget=budget)
+    assert equal(ends(federation, state), plain)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("from here on at most 2 do; engine.group_size=2 says so from the start")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_with_streams_has_the_bits_of_the_loop_and_without_a_gpu_too(ranks):
+    how = "participation=1.0", "rounds=2", "engine.group_size=auto"
+    loop = run_rounds("engine.path=loop", *how)[0]
+    streams = run_rounds("engine.path=streams", *how, ranks=ranks)[0]
+    assert all(snapshots_equal(a, b) for a, b in zip(loop, streams, strict=True))
+
+
+@pytest.mark.parametrize("cohort, size", [(100, 8), (6, 3), (1, 1)])
+def test_eight_clients_train_at_once_but_at_most_half_of_a_cohort(cohort, size):
+    engine = Engine(path="streams")
+    model = small.make_model("cnn")
+    assert choose_path(engine, "cuda", model, 5, cohort) == ("streams", size)
+    assert choose_path(engine, "cuda", model, 5, cohort, memory=1) == ("streams", 1)
+    assert choose_path(replace(engine, group_size=5), "cuda", model, 5, cohort)[1] == 5
 
 
 def test_the_setting_stays_out_of_a_config_that_does_not_name_it():

@@ -40,6 +40,14 @@ def test_what_is_compared(size, most, expected):
     assert [(engine.path, engine.group_size) for engine in found] == expected
 
 
+def test_on_a_gpu_streams_are_compared_too_also_where_no_stack_is_possible():
+    on_gpu = replace(MEASURE, device="cuda")
+    found = [(e.path, e.group_size) for e in candidate_engines(on_gpu, 30)]
+    assert found == [("loop", 1), ("streams", 8), ("stack", 10), ("stack", 25), ("stack", 30)]
+    found = [(e.path, e.group_size) for e in candidate_engines(on_gpu, 5, can_stack=False)]
+    assert found == [("loop", 1), ("streams", 5)]
+
+
 def test_the_fastest_wins_and_compiling_counts_twice():
     compiled = Speed(replace(loop(), compile=True), 0.5, compile_seconds=10.0)
     assert fastest_speed(

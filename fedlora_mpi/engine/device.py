@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..models.network import Model
+from .client_streams import AT_ONCE
 from .memory import stack_capacity
 from .settings import Engine
 
@@ -74,8 +75,8 @@ def choose_path(
     workload and on a worker's share of GPU ``memory`` (bytes, 0: unknown).
 
     On a CPU a stack is faster while the number of operations limits a step, and slower once the
-    batch of one client keeps a core busy. A stack has at most half of the ``cohort`` of a round, so
-    that two workers have something to do.
+    batch of one client keeps a core busy. At most half of the ``cohort`` of a round is computed at
+    once, so that two workers have something to do.
     """
     path = engine.path
     if path == "auto":
@@ -84,11 +85,10 @@ def choose_path(
         path = "loop" if engine.gradient_checkpointing else path
     size = engine.group_size
     if size == "auto":
-        max_stack = (
-            stack_capacity(model, batch_size, memory)
-            if device == "cuda" and memory and path == "stack"
-            else _STACK_SIZE
-        )
-        half_cohort = max(1, min(max_stack, -(-cohort // 2)))
-        size = 1 if path == "loop" else half_cohort
+        at_once = {"loop": 1, "streams": AT_ONCE}.get(path, _STACK_SIZE)
+        if device == "cuda" and memory and path != "loop":
+            capacity = stack_capacity(model, batch_size, memory)
+            at_once = min(AT_ONCE, capacity) if path == "streams" else capacity
+        at_most_half = max(1, min(at_once, -(-cohort // 2)))
+        size = at_most_half
     return path, size

@@ -4,7 +4,8 @@ A recording works on fixed memory. The steps of a phase therefore own variables:
 are copied into them at the start of the phase and copied out at its end. The order, warps and noise
 of each epoch are copied into the recorded epoch. A recording serves every epoch, group and round
 with the same steps (the same code of the losses and the same values that they hold) and the same
-numbers of samples.
+numbers of samples. It belongs to the stream on which it was made: recordings of two streams, which
+may run at the same time, share no memory.
 """
 
 import sys
@@ -21,7 +22,7 @@ from .compiled import evict_oldest, identity_key, split_tensors
 from .memory import is_memory_error
 from .walk import Epoch, PhaseRunner, Trainer, copy_all, copy_into, tmap_vars
 
-_MAX_RUNNERS = 16  # recorded phases per trainer; the oldest is dropped
+_MAX_RUNNERS = 16  # recorded phases per trainer and stream; the oldest is dropped
 # Recorded epochs per phase. Further ones run step by step: if the oldest gave way, clients of many
 # sizes would be recorded again and again.
 _MAX_EPOCHS = 128
@@ -59,7 +60,7 @@ class CudaGraph:
         _restore(written_tensors, initial_values)
         self._graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self._graph, pool=pool):
+            with torch.cuda.graph(self._graph, pool=pool, stream=_side_stream()):
                 step()
         except RuntimeError:
             _leave_pool(written_tensors[0].device, pool)
@@ -97,9 +98,9 @@ class GraphCache:
     def __init__(self, device: torch.device, graph_type: type | None = None) -> None:
         self.device = device
         self._graph_type = graph_type or (CudaGraph if device.type == "cuda" else EagerGraph)
-        # each with the objects that its key knows by id, to keep them alive
-        self._runners: dict[tuple, tuple[GraphPhaseRunner, list]] = {}
-        self._pool: Any = None  # torch's type for it is private
+        # of each stream; each runner with the objects that its key knows by id, to keep them alive
+        self._runners: dict[int, dict[tuple, tuple[GraphPhaseRunner, list]]] = {}
+        self._pools: dict[int, Any] = {}  # torch's type for a pool is private
         self.is_disabled = False
         self._hints: set[str] = set()
 
@@ -115,7 +116,8 @@ class GraphCache:
             split_tensors((start[:2], now[:2]))[1],
             clients,
         )
-        runner, kept_alive = self._runners.pop(key, (None, kept_alive))
+        runners = self._runners.setdefault(self._stream_id(), {})
+        runner, kept_alive = runners.pop(key, (None, kept_alive))
         if runner is None:
             runner = GraphPhaseRunner(
                 self,
@@ -125,8 +127,8 @@ class GraphCache:
                 tmap_vars(_clone_strided, now),
                 clients,
             )
-            evict_oldest(self._runners, _MAX_RUNNERS)
-        self._runners[key] = runner, kept_alive
+            evict_oldest(runners, _MAX_RUNNERS)
+        runners[key] = runner, kept_alive
         runner.begin(start, now)
         return runner
 
@@ -137,9 +139,11 @@ class GraphCache:
         if self.device.type != "cuda":
             return self._graph_type(step, written_tensors, None)
         with torch.cuda.device(self.device):
-            # one pool for all recordings, because nothing in it outlives a replay
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            return self._graph_type(step, written_tensors, self._pool)
+            # one pool for all recordings of a stream, because nothing in it outlives a replay
+            stream_id = self._stream_id()
+            if stream_id not in self._pools:
+                self._pools[stream_id] = torch.cuda.graph_pool_handle()
+            return self._graph_type(step, written_tensors, self._pools[stream_id])
 
     def disable(self, error: Exception) -> None:
         """Record nothing from here on, and tell the user why."""
@@ -155,14 +159,24 @@ class GraphCache:
 
     def recorded_epochs(self) -> int:
         """The number of recordings."""
-        return sum(len(runner.recorded) for runner, _ in self._runners.values())
+        return sum(
+            len(runner.recorded)
+            for runners in self._runners.values()
+            for runner, _ in runners.values()
+        )
 
     def clear(self) -> None:
         """Free all memory."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._runners.clear()
-        self._pool = None
+        self._pools.clear()
+
+    def _stream_id(self) -> int:
+        """A number of the current stream of the GPU; without a GPU there is one stream."""
+        if self.device.type == "cpu":
+            return 0
+        return torch.cuda.current_stream(self.device).cuda_stream
 
 
 class GraphPhaseRunner(PhaseRunner):
@@ -261,6 +275,16 @@ class _RecordedEpoch:
         for graph in self._graphs:
             graph.replay()
         return self.sums
+
+
+def _side_stream() -> Any:
+    """The current stream, or None for the default one, on which nothing can be recorded.
+
+    Libraries keep working memory for each stream on which they are recorded, so recordings that may
+    run at the same time are made on streams of their own.
+    """
+    current = torch.cuda.current_stream()
+    return None if current == torch.cuda.default_stream() else current
 
 
 def _clone_strided(v: Tensor) -> Tensor:

@@ -27,10 +27,14 @@ _USABLE_SHARE = 0.6  # of the memory; the rest covers waste of allocators and er
 
 
 class MemoryBudget:
-    """The number of clients that fit into one stack; it falls when memory runs out."""
+    """The number of clients that are computed at once; it falls when memory runs out.
 
-    def __init__(self) -> None:
+    changes_bits: whether the numbers of a client depend on how many are computed at once.
+    """
+
+    def __init__(self, changes_bits: bool = True) -> None:
         self.max_clients: int | None = None  # None: no attempt has failed
+        self._remark = ": other last bits" if changes_bits else ""
 
     def compute_in_parts(
         self,
@@ -42,8 +46,8 @@ class MemoryBudget:
         into memory.
 
         If ``compute`` finds memory short, ``free_memory()`` runs and the part is computed
-        again as two halves. From then on no part is larger than these halves, because the group
-        size changes last bits. A part of one client raises the error.
+        again as two halves. From then on no part is larger than these halves. A part of one client
+        raises the error.
         """
         pending = [members]
         while pending:
@@ -61,7 +65,7 @@ class MemoryBudget:
                     torch.cuda.empty_cache()
                 print(
                     f"hint: {len(part)} clients at once do not fit into the GPU's memory, from "
-                    f"here on at most {self.max_clients} do: other last bits; "
+                    f"here on at most {self.max_clients} do{self._remark}; "
                     f"engine.group_size={self.max_clients} says so from the start",
                     file=sys.stderr,
                     flush=True,

@@ -103,7 +103,7 @@ def _choose_path(
     for name, trainer, initial in candidates:
         try:
             verdict = None
-            if engine.path == "loop":
+            if engine.path != "stack":
                 check_one_client(trainer, initial)
             else:
                 verdict = find_objection(trainer, initial)

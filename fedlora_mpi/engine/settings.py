@@ -11,9 +11,10 @@ class Engine:
     """Settings of the engine. ``auto`` is resolved once at the start of a run and kept on resume,
     because it changes rounding.
 
-    path: train clients one by one (``loop``) or in a stack (``stack``). ``auto`` follows a rule
+    path: train clients one by one (``loop``), in a stack (``stack``), or several at once on a GPU,
+    each on a stream of its own (``streams``, with the bits of the loop). ``auto`` follows a rule
     that depends only on the workload, so the same config always gives the same bits. ``measure``
-    times both paths and several stack sizes at the start and takes the fastest. If a user's
+    times the paths and several stack sizes at the start and takes the fastest. If a user's
     network gives other results in a stack, clients train one by one in every case. If it cannot
     train in a stack at all, ``stack`` raises ValueError and the others use the loop (see
     ``rehearsal.py``).
@@ -40,7 +41,7 @@ class Engine:
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    path: Literal["auto", "measure", "loop", "stack"] = "auto"
+    path: Literal["auto", "measure", "loop", "stack", "streams"] = "auto"
     group_size: int | Literal["auto"] = "auto"
     threads: int = 1
     compile: bool = False
@@ -55,10 +56,10 @@ class Engine:
             raise ValueError(
                 f"group_size = {self.group_size}: must be an integer of at least 1, or auto"
             )
-        if self.gradient_checkpointing and (self.path not in ("auto", "loop") or self.compile):
+        if self.gradient_checkpointing and (self.path in ("measure", "stack") or self.compile):
             key, value = ("compile", "true") if self.compile else ("path", self.path)
             raise ValueError(
-                f"{key} = {value}: with gradient_checkpointing clients train one by one and are "
-                "not compiled; leave the key out"
+                f"{key} = {value}: with gradient_checkpointing clients are neither stacked nor "
+                "compiled; leave the key out"
             )
         bounded(self, threads="[1, inf)")

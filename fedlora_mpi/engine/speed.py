@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ..algorithm import Variables
+from .client_streams import AT_ONCE
 from .compiled import find_compiler
 from .settings import Engine
 from .train import ClientFeed, Trainer
@@ -44,9 +45,9 @@ class Speed(NamedTuple):
     compile_seconds: float = 0.0  # seconds of compilation before the first step
 
 
-def candidate_engines(engine: Engine, max_stack: int) -> list[Engine]:
-    """The engines that ``path: measure`` compares: the loop, and stacks of up to ``max_stack``
-    clients.
+def candidate_engines(engine: Engine, max_stack: int, can_stack: bool = True) -> list[Engine]:
+    """The engines that ``path: measure`` compares: the loop, on a GPU streams, and stacks of up to
+    ``max_stack`` clients, if the network can be stacked.
     """
     requested_size = engine.group_size
     sizes = (
@@ -57,7 +58,13 @@ def candidate_engines(engine: Engine, max_stack: int) -> list[Engine]:
     loop = replace(
         engine, path="loop", group_size=1 if requested_size == "auto" else requested_size
     )
-    return [loop, *(replace(engine, path="stack", group_size=size) for size in sizes)]
+    streams = replace(
+        engine,
+        path="streams",
+        group_size=min(AT_ONCE, max_stack) if requested_size == "auto" else requested_size,
+    )
+    stacks = [replace(engine, path="stack", group_size=size) for size in sizes]
+    return [loop] + [streams] * (engine.device == "cuda") + stacks * can_stack
 
 
 def measure_engines(
@@ -65,6 +72,7 @@ def measure_engines(
     max_stack: int,
     samples: float,
     trainers: Callable[[Engine], Sequence[Candidate]],
+    can_stack: bool = True,
 ) -> list[Speed]:
     """Return the speed of each candidate engine; ``trainers`` gives what to train with an engine.
 
@@ -73,7 +81,7 @@ def measure_engines(
     """
     speeds = [
         measure_speed(candidate, trainers(candidate))
-        for candidate in candidate_engines(engine, max_stack)
+        for candidate in candidate_engines(engine, max_stack, can_stack)
     ]
     best = fastest_speed(speeds, samples)
     if not engine.compile and samples * best.sample_seconds > _WORTH_COMPILING and find_compiler():
@@ -119,7 +127,8 @@ def summary_line(speeds: Sequence[Speed], selected: Speed) -> str:
     """One line for the user: the speeds and the selected engine."""
 
     def describe_engine(e):
-        path = "loop" if e.path == "loop" else f"stacks of {e.group_size}"
+        at_once = {"stack": f"stacks of {e.group_size}", "streams": f"{e.group_size} streams"}
+        path = at_once.get(e.path, e.path)
         return f"{path}, compiled" if e.compile else path
 
     rates = "; ".join(f"{describe_engine(s.engine)} {1 / s.sample_seconds:,.0f}" for s in speeds)

@@ -7,6 +7,7 @@ loop calls them as they are. Everything else is the same code, so both do the sa
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ from ..core.tree import Tree, tmap
 from ..data.feed import Epoch
 from ..models.network import Model
 from ..models.pooling import LARGE_NUMEL, MaxPoolMode
+from .client_streams import ClientStreams
 from .compiled import StepCompiler
 from .graphs import GraphCache
 from .half import bfloat16_forward
@@ -93,6 +95,7 @@ class Trainer:
     convolutions: str = "grouped"
     memory_budget: MemoryBudget = field(default_factory=MemoryBudget)
     metrics: Sequence[str] = ()  # names in ``metrics.METRICS``
+    streams: ClientStreams | None = None  # for clients that are computed at once without a stack
 
     @property
     def algorithm(self) -> Algorithm:
@@ -114,17 +117,16 @@ class Trainer:
         items = self.local(round_)
 
         def train_members(members: Sequence[int]) -> tuple[Variables, Variables, list[Tensor]]:
-            ids = [clients[c] for c in members]
+            ids = [clients[c] for c in members]  # nothing here waits for the device
             start, end, loss_C = self._run_items(
                 ids, self._received_variables(shared, personal_C, members), round_, items
             )
             with torch.no_grad():
                 score_C = [self._scores(ids, end)] if evaluate else []
-            return start, end, to_host([loss_C, *end.personal.values(), *score_C])
+            return start, end, [loss_C, *end.personal.values(), *score_C]
 
-        for members, (start, end, (loss_C, *host_personal_C)) in self._compute_in_parts(
-            len(clients), train_members
-        ):
+        for members, (start, end, numbers) in self._compute_in_parts(len(clients), train_members):
+            loss_C, *host_personal_C = to_host(numbers)
             score_C = host_personal_C.pop() if evaluate else None
             for row, client in enumerate(clients[c] for c in members):
 
@@ -191,8 +193,12 @@ class Trainer:
         return self.algorithm.personalize(self.model, self.settings, round_)
 
     def evaluation_stack_size(self, clients: Sequence[int], round_: int) -> int:
-        """Clients that are evaluated in one stack; with few test samples more than train in one."""
-        if not self.stacked or self.personalization(round_):
+        """Clients that are evaluated in one stack; with few test samples more than train in one.
+        Without a stack 1, or as many as there are streams.
+        """
+        if not self.stacked:
+            return self.streams.number if self.streams else 1
+        if self.personalization(round_):
             return 1
         return min(_MAX_EVALUATION_STACK, _TEST_BATCH // max(1, *map(self.feed.test_size, clients)))
 
@@ -210,15 +216,28 @@ class Trainer:
     def _compute_in_parts(
         self, count: int, compute: Callable[[Sequence[int]], T]
     ) -> Iterator[tuple[Sequence[int], T]]:
-        """(members, ``compute(members)``) of ``count`` clients: all in one stack, or each alone.
+        """(members, ``compute(members)``) of ``count`` clients: all in one stack, each alone, or
+        each alone and several at once on streams.
 
-        A stack that does not fit into the device's memory is computed in parts.
+        What does not fit into the device's memory at once is computed in parts.
         """
-        if not self.stacked:
-            return (([c], compute([c])) for c in range(count))
-        return self.memory_budget.compute_in_parts(
-            range(count), compute, self.graphs.clear if self.graphs else lambda: None
-        )
+        free_memory = self.graphs.clear if self.graphs else lambda: None
+        if self.stacked:
+            yield from self.memory_budget.compute_in_parts(range(count), compute, free_memory)
+        elif self.streams:
+            streams, at_once = self.streams, self.streams.number
+
+            def compute_each(part: Sequence[int]) -> list[T]:
+                return streams.compute([partial(compute, [c]) for c in part])
+
+            for first in range(0, count, at_once):
+                window = range(count)[first : first + at_once]
+                for part, results in self.memory_budget.compute_in_parts(
+                    window, compute_each, free_memory
+                ):
+                    yield from (([c], result) for c, result in zip(part, results, strict=True))
+        else:
+            yield from (([c], compute([c])) for c in range(count))
 
     @torch.no_grad()
     def _scores(self, ids: Sequence[int], v: Variables, shared_axis: int | None = 0) -> Tensor:

@@ -205,7 +205,7 @@ def _place(clients: Clients, config: Config, comm: Comm, workers: Sequence[int])
     """Groups of clients on the workers, by the estimated cost of their training."""
     group_size, sizes = config.engine.group_size, clients.sizes
     assert isinstance(group_size, int), group_size  # decided before
-    width = group_size * (int(1 / config.participation) if config.engine.path == "stack" else 1)
+    width = group_size * (int(1 / config.participation) if config.engine.path != "loop" else 1)
     groups = group_clients(sizes, width, clients.type_of)
     costs = tuple(
         float(sum(sizes[c] for c in group) * clients[group[0]].trainer.model.flops)

@@ -22,8 +22,9 @@ from ..mpi.comm import Comm
 from ..mpi.ending import collectively
 from .parts import Parts
 
-_Path: TypeAlias = Literal["auto", "measure", "loop", "stack"]  # as in ``Engine``
+_Path: TypeAlias = Literal["auto", "measure", "loop", "stack", "streams"]  # as in ``Engine``
 RequestedPath: TypeAlias = _Path | Literal[""]
+_DECIDED_PATHS: tuple[_Path, ...] = ("loop", "stack", "streams")
 
 
 def worker_ranks(config: Config, size: int) -> range:
@@ -96,11 +97,9 @@ def choose_engine(
                 engine,
                 replace(config.engine, path=requested_path or config.engine.path),
             )
-        if (
-            engine := _rehearse(
-                parts, config, source, replace(config.engine, path="stack"), config.engine
-            )
-        ).path == "loop":
+        stack = replace(config.engine, path="stack")
+        engine = _rehearse(parts, config, source, stack, config.engine)
+        if engine.path == "loop" and engine.device == "cpu":
             return engine
         # so that every worker has something to do
         max_group_size = -(-config.cohort // max(2, len(workers)))
@@ -115,6 +114,7 @@ def choose_engine(
             max_group_size,
             samples,
             lambda engine: _speed_candidates(parts, config.train, engine),
+            can_stack=engine.path == "stack",
         )
         print(
             summary_line(speeds, fastest_engine := fastest_speed(speeds, samples)),
@@ -125,11 +125,12 @@ def choose_engine(
 
     chosen_engine, choice = collectively(comm, choose_on_worker), np.zeros(3, np.int64)
     if chosen_engine:
-        choice[:] = chosen_engine.path == "stack", chosen_engine.group_size, chosen_engine.compile
+        path_number = _DECIDED_PATHS.index(chosen_engine.path)
+        choice[:] = path_number, chosen_engine.group_size, chosen_engine.compile
     comm.sum(choice)
     path, size, compiled = choice.tolist()
     return replace(
-        config.engine, path="stack" if path else "loop", group_size=size, compile=bool(compiled)
+        config.engine, path=_DECIDED_PATHS[path], group_size=size, compile=bool(compiled)
     )
 
 
@@ -144,7 +145,7 @@ def _speed_candidates(parts: Parts, train: LocalTraining, engine: Engine) -> lis
         ]
         largest = sorted(clients_of_kind, key=lambda client: -len(parts.sample_split.train[client]))
         client_count = 1
-        if engine.path == "stack":
+        if engine.path != "loop":
             assert isinstance(engine.group_size, int), engine.group_size
             client_count = engine.group_size
         candidates.setdefault(kind.network, (kind.trainer, kind.initial, largest[:client_count]))

@@ -22,8 +22,10 @@ from ..data.datasets import Data, load
 from ..data.feed import Feed
 from ..data.packing import pack_texts
 from ..data.partition import Split
+from ..engine.client_streams import ClientStreams
 from ..engine.compiled import StepCompiler, need_compiler
 from ..engine.graphs import GraphCache
+from ..engine.memory import MemoryBudget
 from ..engine.metrics import check_metrics
 from ..engine.settings import Engine
 from ..engine.train import ClientFeed, Trainer
@@ -193,6 +195,10 @@ class Parts(NamedTuple):
         make_compiler = StepCompiler if engine.compile else lambda: None
         uses_graphs = self.device.type == "cuda" if engine.graphs == "auto" else engine.graphs
         make_graphs = (lambda: GraphCache(self.device)) if uses_graphs else lambda: None
+        streams = None
+        if engine.path == "streams":
+            assert isinstance(engine.group_size, int), engine.group_size
+            streams = ClientStreams(self.device, engine.group_size)
         return tuple(
             ClientType(
                 Trainer(
@@ -206,7 +212,9 @@ class Parts(NamedTuple):
                     make_graphs(),
                     engine.precision,
                     engine.convolutions,
-                    metrics=self.metrics,
+                    MemoryBudget(changes_bits=stacked),
+                    self.metrics,
+                    streams,
                 ),
                 initial,
                 prefix,

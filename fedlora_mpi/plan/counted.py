@@ -75,7 +75,9 @@ def count_gpu_costs(
         replace(trainer.settings, batch_size=_BATCH_SIZE),
     )
     v, samples = client_type.initial, trainer.feed.train_size(client)
-    trainer = replace(trainer, feed=feed, settings=settings, stacked=False, step_compiler=None)
+    trainer = replace(
+        trainer, feed=feed, settings=settings, stacked=False, step_compiler=None, streams=None
+    )
     if trainer.model.is_without_values:
         trainer = replace(trainer, device=_META)
         v = tmap_vars(lambda value: value.to(_META), v)
