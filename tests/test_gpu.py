@@ -45,6 +45,7 @@ from fedlora_mpi.engine.products import ConvolutionsAsProducts
 from fedlora_mpi.engine.settings import Engine
 from fedlora_mpi.engine.train import Trainer
 from fedlora_mpi.engine.walk import PhaseRunner
+from fedlora_mpi.federation.client_store import MemoryRows
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("fedavg", "fedlora", "scaffold", "fedamp", "moon", "pfedgate")
@@ -163,10 +164,46 @@ def test_a_stack_waits_once_for_its_clients_and_once_for_each_upload(machine):
     leaves = len(done[0].end.personal) + 2
     assert machine.wait_names == ["aten._to_copy.default"] * leaves
     assert all(
-        small.trees_equal(d.host_personal, {n: v.cpu() for n, v in d.end.personal.items()})
-        for d in done
+        small.trees_equal(d.personal, {n: v.cpu() for n, v in d.end.personal.items()}) for d in done
     )
     assert all(not isinstance(v, far.FarTensor) for d in done for v in (d.loss, d.score))
+
+
+@pytest.mark.parametrize(
+    "name, stacked",
+    [("fedlora", True), ("fedlora", False), thorough_param("fedamp", True), ("fedcac", False)],
+)
+def test_personal_rows_that_stay_on_the_device_cross_no_bus(name, stacked, machine):
+    federation, state = made(name, stacked, device=far.DEVICE)
+    machine.wait_names.clear()
+    small.run_rounds(federation, state, 1)
+    copies = machine.wait_names.count("aten._to_copy.default")
+    federation, state = made(name, stacked, device=far.DEVICE)
+    state = state._replace(personal={n: v.to(far.DEVICE) for n, v in state.personal.items()})
+    machine.wait_names.clear()
+    new = small.run_rounds(federation, state, 1)
+    assert all(isinstance(v, far.FarTensor) for v in new.personal.values())
+    leaves = len(federation.clients.types[0].initial.personal)
+    saved = leaves * (1 if stacked else len(small.SIZES))
+    assert machine.wait_names.count("aten._to_copy.default") == copies - saved
+    on_host = [{n: v.cpu() for n, v in tree.items()} for tree in (new.shared, new.personal)]
+    assert equal(on_host, ends(*made(name, stacked), 1)[:2])
+
+
+def test_rows_are_made_where_the_setting_says(machine):
+    like = torch.zeros(3, dtype=torch.bfloat16)
+    rows = MemoryRows(far.DEVICE).allocate(4, like)
+    assert isinstance(rows, far.FarTensor) and rows.shape == (4, 3) and rows.dtype == like.dtype
+    assert MemoryRows().allocate(4, like).device == small.CPU
+
+
+def test_a_gpu_without_room_for_the_rows_says_so(monkeypatch):
+    def empty(*shape, **how):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(ValueError, match=r"engine\.personal = device: cuda:0 has no room for 8 kB"):
+        MemoryRows(torch.device("cuda:0")).allocate(2, torch.zeros(1000))
 
 
 @pytest.mark.parametrize("cls", [ExactSum, FastSum])

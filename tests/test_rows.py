@@ -11,6 +11,7 @@ import torch
 from runs import (
     TINY,
     assert_same_run,
+    build_tiny,
     command_line,
     create_run,
     mpirun_command,
@@ -74,6 +75,11 @@ def test_a_run_on_disk_has_the_bits_of_one_in_memory(ranks, trained, tmp_path):
         assert end.returncode == 0, end.stderr
     assert_same_run(tmp_path / "disk", trained())
     assert not list((tmp_path / "disk").glob("tmp*"))
+
+
+def test_without_a_gpu_rows_on_the_device_are_in_memory():
+    rows = build_tiny("engine.personal=device").federation.store.rows
+    assert rows == build_tiny().federation.store.rows
 
 
 def test_a_run_goes_on_from_disk_to_memory_and_back(trained, tmp_path):

@@ -19,8 +19,9 @@ class Engine:
     train in a stack at all, ``stack`` raises ValueError and the others use the loop (see
     ``rehearsal.py``).
 
-    personal: where the personal leaves of clients are kept between rounds: in ``memory``, or in
-    files of the run folder (``disk``), so that memory holds only those of the cohort.
+    personal: where the personal leaves of clients are kept between rounds: in ``memory`` of the
+    host, on the ``device`` that trains, which then copies them only for checkpoints and messages,
+    or in files of the run folder (``disk``), so that memory holds only those of the cohort.
 
     group_size: clients trained together. threads: CPU threads of a worker.
 
@@ -47,7 +48,7 @@ class Engine:
     compile: bool = False
     graphs: bool | Literal["auto"] = "auto"
     precision: Literal["float32", "tf32", "bf16"] = "float32"
-    personal: Literal["memory", "disk"] = "memory"
+    personal: Literal["memory", "disk", "device"] = "memory"
     convolutions: Literal["grouped", "products"] = "grouped"
     gradient_checkpointing: bool = False
 

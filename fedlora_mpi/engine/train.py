@@ -76,7 +76,7 @@ class ClientResult(NamedTuple):
     loss: Tensor  # [] mean training loss of the last epoch, on the host
     # [3 + m] of the client's own model at this moment, as ``Trainer.score_clients`` has them
     score: Tensor | None
-    host_personal: Tree  # ``end.personal`` on the host
+    personal: Tree  # ``end.personal``, on the host unless the client's row is on the device
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class Trainer:
         No argument is written to. Results of clients in a stack are views of the stack's tensors.
         """
         items = self.local(round_)
+        rows_are_here = any(v.device == self.device for v in personal_C.values())
 
         def train_members(members: Sequence[int]) -> tuple[Variables, Variables, list[Tensor]]:
             ids = [clients[c] for c in members]  # nothing here waits for the device
@@ -123,17 +124,19 @@ class Trainer:
             )
             with torch.no_grad():
                 score_C = [self._scores(ids, end)] if evaluate else []
-            return start, end, [loss_C, *end.personal.values(), *score_C]
+            leaving_C = [] if rows_are_here else end.personal.values()
+            return start, end, [loss_C, *leaving_C, *score_C]
 
         for members, (start, end, numbers) in self._compute_in_parts(len(clients), train_members):
-            loss_C, *host_personal_C = to_host(numbers)
-            score_C = host_personal_C.pop() if evaluate else None
+            loss_C, *left_C = to_host(numbers)
+            score_C = left_C.pop() if evaluate else None
+            end_C = end.personal.values() if rows_are_here else left_C
             for row, client in enumerate(clients[c] for c in members):
 
                 def pick_row(v: Tensor, row: int = row) -> Tensor:
                     return v[row] if self.stacked else v
 
-                personal = dict(zip(end.personal, map(pick_row, host_personal_C), strict=True))
+                personal = dict(zip(end.personal, map(pick_row, end_C), strict=True))
                 yield ClientResult(
                     client,
                     tmap_vars(pick_row, start),

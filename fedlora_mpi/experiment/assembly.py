@@ -17,7 +17,7 @@ from ..data.partition import Split
 from ..data.texts import Vocabulary
 from ..engine.device import retain_freed_memory, select_device, silence_vmap_fallbacks
 from ..engine.train import ClientFeed
-from ..federation.client_store import DiskRows
+from ..federation.client_store import DiskRows, MemoryRows, RowStorage
 from ..federation.clients import Clients, ClientType
 from ..federation.cohorts import Cohorts, group_clients
 from ..federation.federation import Federation
@@ -137,7 +137,11 @@ def _assemble(
     if parts.matrix:
         with prefix_errors(source, "topology"):
             _check_participants(parts.matrix, tasks)
-    on_disk = config.engine.personal == "disk"
+    rows: dict[str, RowStorage] = {
+        "memory": MemoryRows(),
+        "device": MemoryRows(parts.device),
+        "disk": DiskRows(expand_home(config.output)),
+    }
     is_private = config.privacy != Privacy()
     with prefix_errors(source, "algorithm"):
         federation = Federation.build(
@@ -152,7 +156,7 @@ def _assemble(
             gathers=not is_private and _gathers(clients, config),
             skip_nonfinite=config.faults.non_finite == "skip",
             protection=PrivateUploads(config.privacy, config.seed) if is_private else None,
-            rows=DiskRows(expand_home(config.output)) if on_disk else None,
+            rows=rows[config.engine.personal],
             evaluate_cohort_only=config.evaluate.clients == "cohort",
             matrix=parts.matrix,
         )

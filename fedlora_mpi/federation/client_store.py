@@ -1,5 +1,5 @@
-"""Where the personal leaves of a rank's clients live, stacked: in memory, or in files of which
-memory holds what is used.
+"""Where the personal leaves of a rank's clients live, stacked: in memory of the host or of a GPU,
+or in files of which memory holds what is used.
 """
 
 import mmap
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.disk_errors import explain_write_errors
 from ..core.tree import Tree
+from ..core.units import format_bytes
 from .clients import Clients
 from .placement import Placement
 
@@ -24,17 +25,28 @@ class RowStorage(Protocol):
     """Makes the stacked leaves of a rank."""
 
     def allocate(self, clients: int, like: Tensor) -> Tensor:
-        """A tensor [clients, *like.shape] on the CPU with any numbers in it."""
+        """A tensor [clients, *like.shape] with any numbers in it."""
 
     def release(self) -> None:
         """Nobody needs the rows until they are touched again."""
 
 
+@dataclass(frozen=True)
 class MemoryRows:
-    """Ordinary tensors."""
+    """Ordinary tensors on ``device``."""
+
+    device: torch.device = torch.device("cpu")
 
     def allocate(self, clients: int, like: Tensor) -> Tensor:
-        return torch.empty((clients, *like.shape), dtype=like.dtype)
+        """Raises ValueError when a GPU has no room."""
+        try:
+            return torch.empty((clients, *like.shape), dtype=like.dtype, device=self.device)
+        except torch.OutOfMemoryError:
+            size = format_bytes(clients * like.numel() * like.element_size())
+            raise ValueError(
+                f"engine.personal = device: {self.device} has no room for {size} more of the "
+                f"personal leaves of {clients} clients; choose memory"
+            ) from None
 
     def release(self) -> None:
         pass

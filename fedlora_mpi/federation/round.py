@@ -61,7 +61,7 @@ def train(federation: Federation, state: State, cohort: Cohort, evaluate: bool) 
                         continue
                     if result.score is not None:
                         scores[result.client] = result.score
-                    store.write(state.personal, result.client, result.host_personal)
+                    store.write(state.personal, result.client, result.personal)
         return Trained(uploads, scores)
 
 

@@ -55,6 +55,7 @@ class Estimate(NamedTuple):
     worker_bytes: float  # bytes of the worker with most personal state
     worker_clients: int  # clients of that worker
     client_bytes: float  # bytes of GPU memory per client of a stack; 0 without --gpus
+    row_bytes: float  # bytes of its personal leaves that a GPU keeps
     machine: Machine
     costs: Costs
 
@@ -107,13 +108,14 @@ def estimate(
         for rank, rank_clients in clients.items()
     }
     fullest_rank = max(personal_bytes, key=personal_bytes.__getitem__)
-    held_bytes = personal_bytes[fullest_rank] * (
-        config.participation if config.engine.personal == "disk" else 1
-    )
+    row_bytes = personal_bytes[fullest_rank]
+    on_gpu = gpu is not None and config.engine.personal == "device"
+    held_share = {"disk": config.participation, "device": float(not on_gpu)}
+    held_bytes = row_bytes * held_share.get(config.engine.personal, 1.0)
     # replicas of another rank's rows; changed rows: former values of two rounds, one outgoing and
     # one incoming message
     if config.faults.tolerate:
-        held_bytes += personal_bytes[fullest_rank] * (1 + 4 * config.participation)
+        held_bytes += row_bytes * (1 + 4 * config.participation)
     memory = (
         costs.resident
         + (_network_bytes(federation) if shapes_alone else 0)
@@ -122,7 +124,14 @@ def estimate(
     )
     seconds = forecast(assembly, costs, list(workers), ranks, machine)
     return Estimate(
-        assembly, seconds, memory, len(clients[fullest_rank]), client_bytes, machine, costs
+        assembly,
+        seconds,
+        memory,
+        len(clients[fullest_rank]),
+        client_bytes,
+        row_bytes * on_gpu,
+        machine,
+        costs,
     )
 
 
@@ -411,7 +420,9 @@ def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tup
         assert gpu is not None and isinstance(group_size, int)
         worker_bytes, ranks, clients = gpu_capacity(
             gpu,
-            cast(Feed, federation.clients.trainer.feed).nbytes + _network_bytes(federation),
+            cast(Feed, federation.clients.trainer.feed).nbytes
+            + _network_bytes(federation)
+            + estimated.row_bytes,
             estimated.client_bytes,
             group_size,
         )

@@ -128,12 +128,13 @@ def network_tensors(model: Model) -> list[Tensor]:
 
 
 def gpu_capacity(
-    device: Device, common_bytes: int, client_bytes: float, group_size: int
+    device: Device, common_bytes: float, client_bytes: float, group_size: int
 ) -> tuple[float, int, int]:
     """(bytes of GPU memory per worker, workers that fit on one GPU, clients that one worker alone
     could stack).
 
-    common_bytes: of a worker's data and networks, which its clients share.
+    common_bytes: of a worker's data and networks, which its clients share, and of the personal
+    leaves that it keeps there.
     """
     worker_bytes = CONTEXT_BYTES + common_bytes + group_size * client_bytes
     return (

@@ -2,8 +2,6 @@
 
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -70,17 +68,6 @@ def nodes_of(slurm, number: str) -> set[str]:
     return set(slurm.run_command("scontrol", "show", "hostnames", names).split())
 
 
-@contextmanager
-def node_state(slurm, name: str, state: str) -> Iterator[None]:
-    """Inside, Slurm has this node in this state."""
-    update = ["scontrol", "update", f"NodeName={name}"]
-    slurm.run_command(*update, f"State={state}", "Reason=test")
-    try:
-        yield
-    finally:
-        slurm.run_command(*update, "State=RESUME")
-
-
 def assert_completed(slurm, number: str, restarts: int, folder: Path) -> None:
     job = slurm.wait_for_job(number, 600)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", str(restarts)), log_of(folder)
@@ -136,21 +123,12 @@ def test_a_job_ends_as_usual_on_a_node_that_is_drained(
 ):
     number = submit()
     wait_for_round()
-    drained = max(nodes_of(slurm, number))
-    with node_state(slurm, drained, "DRAIN"):
+    update = ["scontrol", "update", f"NodeName={max(nodes_of(slurm, number))}"]
+    slurm.run_command(*update, "State=DRAIN", "Reason=test")
+    try:
         assert_completed(slurm, number, 0, tmp_path)
-    assert_same_run(trained(*ROUNDS), tmp_path / "run")
-
-
-def test_a_job_goes_on_elsewhere_when_slurm_loses_a_node(
-    slurm, submit, wait_for_round, trained, tmp_path
-):
-    number = submit()
-    wait_for_round()
-    lost = max(nodes_of(slurm, number))
-    with node_state(slurm, lost, "DOWN"):
-        assert_completed(slurm, number, 1, tmp_path)
-        assert lost not in nodes_of(slurm, number)
+    finally:
+        slurm.run_command(*update, "State=RESUME")
     assert_same_run(trained(*ROUNDS), tmp_path / "run")
 
 
@@ -175,10 +153,27 @@ def test_an_array_of_runs_on_two_nodes_each(slurm, trained, tmp_path):
 
 def test_srun_starts_the_ranks_itself(slurm, trained, tmp_path):
     if "pmix" not in slurm.run_command("srun", "--mpi=list"):
-        pytest.skip("this Slurm has no pmix: apt-get install libpmix2")
+        pytest.skip("this Slurm has no pmix: apt-get install libpmix-dev")
     line = ["srun", "--mpi=pmix", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"]
     ended = run_process(
         [*slurm.command(*line), *command_line("run", TINY, "output=run")], tmp_path, **slurm.env
     )
     assert ended.returncode == 0, ended.stderr
     assert_same_run(trained(), tmp_path / "run")
+
+
+# the last test, for the node stays dead
+def test_a_job_whose_node_dies_goes_on_with_other_nodes(
+    slurm, lab, submit, wait_for_round, trained, tmp_path
+):
+    number = submit()
+    wait_for_round()
+    name = max(nodes_of(slurm, number))
+    (lost,) = [node for node in lab.nodes if node.name == name]
+    for program in ("slurmd", "slurmstepd", "prted", Path(sys.executable).name):
+        lost.kill(program)
+    # a cluster says so itself after its SlurmdTimeout
+    slurm.run_command("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=test")
+    assert_completed(slurm, number, 1, tmp_path)
+    assert name not in nodes_of(slurm, number)
+    assert_same_run(trained(*ROUNDS), tmp_path / "run")
