@@ -5,7 +5,7 @@
 # Each works in a fresh clone; later calls reuse .venv.
 # make test-all runs the rest of what CI runs. CONTRIBUTING.md explains make coverage and make mutants.
 # The tests of Hugging Face networks are skipped until you run: .venv/bin/pip install -e '.[hf]' peft
-# make test-slow runs the tests that take minutes; those on a real Slurm need: apt-get install slurm-wlm munge
+# make test-slow runs the tests that take minutes; those on a real Slurm need: apt-get install slurm-wlm munge libpmix-dev
 
 SHELL := /bin/bash
 PYTHON ?= python3

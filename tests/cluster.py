@@ -175,6 +175,7 @@ def _write_settings(home: Path, hosts: Sequence[Host], user: str, plugins: Path)
             plugins=plugins,
         ),
         "gres.conf": "AutoDetect=off\nName=gpu File=/dev/tty[0-3]\n",
+        "mpi.conf": "PMIxCliTmpDirBase=/dev/shm\n",  # each node has its own
         "plugstack.conf": "",
     }
     for name, text in settings.items():
