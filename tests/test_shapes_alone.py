@@ -2,6 +2,7 @@
 count alike. ``plan --gpus`` counts large ones so.
 """
 
+import math
 from dataclasses import fields
 
 import pytest
@@ -85,9 +86,9 @@ def test_tensors_of_one_storage_have_one_key():
 )
 def test_a_round_counts_alike_without_values(settings):
     costs, flops = [], []
-    for shapes_alone in (False, True):
+    for limit in (math.inf, 0):
         config = tiny_config(*settings, "engine.path=loop", "engine.group_size=1")
-        made = build(config, str(TINY), Solo(), shapes_alone=shapes_alone)
+        made = build(config, str(TINY), Solo(), values_up_to=limit)
         kind = made.federation.clients.types[0]
         client = made.federation.clients.type_of.index(0)
         costs.append(count_gpu_costs(kind, client, 24, GPUS["h200"], "float32"))
@@ -118,7 +119,7 @@ def test_a_plan_of_a_large_network_says_that_it_read_no_weights(monkeypatch, cap
 def test_its_samples_have_shapes_alone_and_what_the_server_sums_has_values():
     real = build_tiny("algorithm=fedit", *VIT)
     config = tiny_config("algorithm=fedit", *VIT)
-    meta = build(config, str(TINY), Solo(), shapes_alone=True)
+    meta = build(config, str(TINY), Solo(), values_up_to=0)
     feeds = [made.federation.clients.trainer.feed for made in (real, meta)]
     assert feeds[0].nbytes == feeds[1].nbytes
     batch = feeds[1].test_batch([0], 0, 1)

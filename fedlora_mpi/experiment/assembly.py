@@ -1,5 +1,6 @@
 """The parts of a run from its config, equal on every rank."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -60,13 +61,13 @@ def build(
     source: str,
     comm: Comm,
     requested_path: RequestedPath = "",
-    shapes_alone: bool = False,
+    values_up_to: float = math.inf,
 ) -> Assembly:
     """Data, model, algorithm and groups.
 
     source: the config in messages; requested_path: the user's engine.path, if another;
-    shapes_alone: the networks of this package have no values and so need no memory, whatever their
-    size; such a run can be counted but not started.
+    values_up_to: bytes; larger networks of this package have no values and so need no memory. Such
+    a run can be counted but not started.
 
     Raises Refusal on all ranks for the user's mistakes. Rank 0 downloads while the others wait.
     """
@@ -82,13 +83,13 @@ def build(
     parts = collectively(
         comm,
         lambda: make_parts(
-            config, source, comm.rank in workers, device, comm.heartbeat.beat, shapes_alone
+            config, source, comm.rank in workers, device, comm.heartbeat.beat, values_up_to
         ),
     )
     if comm.rank == 0:
         tell_hints(parts.data, source)
     local_inventory = None
-    if not shapes_alone:
+    if parts.has_values:
         models, initial_variables, local_inventory = reconcile_ranks(
             comm,
             config,
@@ -103,9 +104,7 @@ def build(
     engine = choose_engine(parts, config, source, comm, workers, memory, requested_path)
     assembly = collectively(
         comm,
-        lambda: _assemble(
-            parts, replace(config, engine=engine), source, comm, workers, shapes_alone
-        ),
+        lambda: _assemble(parts, replace(config, engine=engine), source, comm, workers),
     )
     return replace(assembly, inventory=local_inventory)
 
@@ -116,7 +115,6 @@ def _assemble(
     source: str,
     comm: Comm,
     workers: Sequence[int],
-    shapes_alone: bool,
 ) -> Assembly:
     data, split = parts.data, parts.split
     types = parts.client_types(config.train, config.engine)
@@ -162,7 +160,9 @@ def _assemble(
         )
     with prefix_errors(source, "privacy"):
         _check_privacy(config, federation)
-    digest = "" if shapes_alone else run_digest(config, split, data.vocabulary, parts.matrix)
+    digest = ""
+    if parts.has_values:
+        digest = run_digest(config, split, data.vocabulary, parts.matrix)
     return Assembly(
         config,
         federation,

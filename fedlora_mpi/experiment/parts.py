@@ -1,5 +1,6 @@
 """What a run is made of, whatever its engine: data, networks, types of clients."""
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -65,11 +66,19 @@ def tell_hints(data: Data, source: str) -> None:
 
 
 def load_models(
-    config: Config, source: str, data: Data, shapes_alone: bool = False
+    config: Config, source: str, data: Data, values_up_to: float = math.inf
 ) -> tuple[Model, ...]:
-    """The networks of a config, each checked against its algorithm; ``shapes_alone``: those of this
-    package have no values and need no memory.
+    """The networks of a config, each checked against its algorithm. Networks of this package that
+    have more than ``values_up_to`` bytes together have no values and need no memory.
     """
+    if values_up_to < math.inf and not any(is_external(n.name) for n in config.model.mix):
+        models = _build_models(config, source, data, shapes_alone=True)
+        if sum(model.nbytes for model in models) > values_up_to:
+            return models
+    return _build_models(config, source, data, shapes_alone=False)
+
+
+def _build_models(config: Config, source: str, data: Data, shapes_alone: bool) -> tuple[Model, ...]:
     models, builder_inputs = [], (data.classes, data.shape, config.seed, data.tokens, data.padding)
     loss = load_loss(config, source)
     with prefix_errors(source, "model"):
@@ -182,6 +191,11 @@ class Parts(NamedTuple):
     metrics: Sequence[str] = ()  # of an evaluation
     matrix: MixingMatrix | None = None  # of the topology, if there is one
 
+    @property
+    def has_values(self) -> bool:
+        """Whether all networks have values, without which a run can be counted but not started."""
+        return not any(model.is_without_values for model in self.models)
+
     def client_types(self, train: LocalTraining, engine: Engine) -> tuple[ClientType, ...]:
         """The kinds of clients as an engine trains them."""
         prefixes = (
@@ -232,13 +246,13 @@ def make_parts(
     hosts_clients: bool,
     device: torch.device,
     beat: Callable[[], None],
-    shapes_alone: bool = False,
+    values_up_to: float = math.inf,
 ) -> Parts:
     """``hosts_clients``: whether this rank trains clients; ``beat``: ``on_batch`` of ``Feed``;
-    ``shapes_alone``: see ``assembly.build``.
+    ``values_up_to``: see ``assembly.build``.
     """
     data = load_data(config, source)
-    models = load_models(config, source, data, shapes_alone)
+    models = load_models(config, source, data, values_up_to)
     split = split_data(config, source, data)
     samples, sample_split = make_samples(config, data, split)
     feed = None

@@ -315,6 +315,11 @@ class Model:
         """``initial`` and the values of the frozen leaves."""
         return self.initial | {n: self.constants[n] for n in self.frozen_leaves}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the initial values and the constants, which all clients of a worker share."""
+        return sum(v.nbytes for tree in (self.initial, self.constants) for v in tree.values())
+
     def why_no_matrix(self, leaf: str) -> str:
         """Return why a leaf (frozen or not) is not read as a matrix; "" if it is."""
         shape, role, matrix = self.all_leaves[leaf]

@@ -28,13 +28,10 @@ from ..data.feed import Feed
 from ..experiment.assembly import Assembly, build
 from ..experiment.engine_choice import worker_ranks
 from ..experiment.fingerprint import recorded_inventory
-from ..experiment.parts import load_data, load_models
 from ..federation.clients import ClientType
 from ..federation.federation import Federation, State
-from ..models.zoo import is_external
 from ..mpi.comm import Solo
-from ..mpi.ending import collectively
-from .counted import gpu_capacity, network_tensors
+from .counted import gpu_capacity
 from .devices import BANDWIDTH, BANDWIDTH_SHARE, CONTEXT_BYTES, LATENCY, PEAK_SHARE, find_device
 from .forecast import Costs, Machine, Seconds, forecast
 from .roles import head_line, leaf_lines
@@ -89,8 +86,8 @@ def estimate(
         stacks = gpu and config.engine.path != "loop" and not config.engine.gradient_checkpointing
         path = "stack" if stacks else config.engine.path
         config = replace(config, engine=replace(config.engine, device="cpu", path=path))
-    shapes_alone = gpu is not None and _is_large(config, source)
-    assembly = build(config, source, Solo(), requested_path, shapes_alone)
+    values_up_to = _LARGEST_BYTES if gpu else math.inf
+    assembly = build(config, source, Solo(), requested_path, values_up_to)
     cores = os.cpu_count() or 1
     other_workers = 0 if gpus else min(len(workers), cores // config.engine.threads) - 1
     costs, client_bytes = measure_costs(assembly, gpu, max(0, other_workers))
@@ -116,9 +113,12 @@ def estimate(
     # one incoming message
     if config.faults.tolerate:
         held_bytes += row_bytes * (1 + 4 * config.participation)
+    network_bytes = 0
+    if federation.clients.trainer.model.is_without_values:
+        network_bytes = _network_bytes(federation)
     memory = (
         costs.resident
-        + (_network_bytes(federation) if shapes_alone else 0)
+        + network_bytes
         + held_bytes
         + (16 if config.reduce == "exact" else 4) * federation.aggregator.terms.size
     )
@@ -133,22 +133,6 @@ def estimate(
         machine,
         costs,
     )
-
-
-def _is_large(config: Config, source: str) -> bool:
-    """Whether the networks are so large that they are not built here but counted by their shapes.
-
-    Raises Refusal for the user's mistakes.
-    """
-
-    if any(is_external(network.name) for network in config.model.mix):
-        return False
-
-    def count_bytes() -> int:
-        models = load_models(config, source, load_data(config, source), shapes_alone=True)
-        return sum(v.nbytes for model in models for v in network_tensors(model) if v.is_meta)
-
-    return collectively(Solo(), count_bytes) > _LARGEST_BYTES
 
 
 def plan(
@@ -390,7 +374,7 @@ def _model_text(federation: Federation, number: int, name: str) -> str:
 def _network_bytes(federation: Federation) -> int:
     """Bytes of all networks of a worker, each in memory once for all clients."""
     networks = {t.network: t.trainer.model for t in federation.clients.types}
-    return sum(v.nbytes for model in networks.values() for v in network_tensors(model))
+    return sum(model.nbytes for model in networks.values())
 
 
 def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tuple[str, str]]:

@@ -20,7 +20,6 @@ from ..engine.speed import TruncatedFeed
 from ..engine.train import Trainer
 from ..engine.walk import tmap_vars
 from ..federation.clients import ClientType
-from ..models.network import Model
 from .devices import BANDWIDTH_SHARE, CONTEXT_BYTES, PEAK_SHARE, Device
 from .line import CostLine, sample_limits
 
@@ -120,11 +119,6 @@ def count_gpu_costs(
     )
     # what the client receives is on the device, too
     return GpuCosts(train, tune, score, nbytes(v.shared) + nbytes(v.personal) + peak)
-
-
-def network_tensors(model: Model) -> list[Tensor]:
-    """The initial values and the constants of a network, which all clients of a worker share."""
-    return [*model.initial.values(), *model.constants.values()]
 
 
 def gpu_capacity(
