@@ -12,10 +12,11 @@ from fedlora_mpi.aggregation.topology import mixing_matrix
 from fedlora_mpi.algorithm import LocalTraining
 from fedlora_mpi.core.seeds import rng
 from fedlora_mpi.core.tree import tmap
-from fedlora_mpi.data.datasets import Data, Samples
+from fedlora_mpi.data.datasets import Data
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.inputs import Images
 from fedlora_mpi.data.partition import Split
+from fedlora_mpi.data.samples import Samples
 from fedlora_mpi.engine.train import Trainer
 from fedlora_mpi.experiment.assembly import Assembly
 from fedlora_mpi.experiment.checkpointing import initial_state

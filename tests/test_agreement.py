@@ -28,7 +28,7 @@ from torch import nn
 
 from fedlora_mpi.algorithm import Algorithm, Variables
 from fedlora_mpi.cli import main
-from fedlora_mpi.data.datasets import Samples
+from fedlora_mpi.data.samples import Samples
 from fedlora_mpi.experiment import agreement, parts
 from fedlora_mpi.experiment import fingerprint as inventory
 from fedlora_mpi.experiment import output as folder

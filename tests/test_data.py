@@ -13,10 +13,12 @@ from fedlora_mpi.algorithm import held_out_count
 from fedlora_mpi.core.seeds import derive_key, isolate_rng, rng, uniform
 from fedlora_mpi.core.vision import import_torchvision
 from fedlora_mpi.data import transforms
-from fedlora_mpi.data.datasets import Data, Samples, Source, Synthetic, load
+from fedlora_mpi.data.datasets import Data, load
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.inputs import Images
 from fedlora_mpi.data.partition import Iid, Split
+from fedlora_mpi.data.samples import Samples
+from fedlora_mpi.data.source import Source, Synthetic
 
 CPU = torch.device("cpu")
 SIZES = (11, 7, 7, 3, 2)  # ragged clients, in decreasing order

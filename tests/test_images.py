@@ -13,7 +13,8 @@ from runs import TINY
 
 from fedlora_mpi.cli import main
 from fedlora_mpi.core.vision import import_torchvision
-from fedlora_mpi.data.datasets import Source, load
+from fedlora_mpi.data.datasets import load
+from fedlora_mpi.data.source import Source
 
 CLASSES = ("ant", "bee")
 

@@ -23,8 +23,9 @@ from fedlora_mpi.core.batch import Batch
 from fedlora_mpi.core.losses import IGNORED, find_loss, token_losses
 from fedlora_mpi.core.names import is_factor
 from fedlora_mpi.core.seeds import rng
-from fedlora_mpi.data.datasets import Source, load
+from fedlora_mpi.data.datasets import load
 from fedlora_mpi.data.language import Language
+from fedlora_mpi.data.source import Source
 from fedlora_mpi.data.texts import Text
 from fedlora_mpi.experiment.assembly import build
 from fedlora_mpi.experiment.loop import _start_new_run, resume

@@ -10,11 +10,12 @@ from runs import build_tiny, run_rounds
 
 from fedlora_mpi import config as configs
 from fedlora_mpi import open_run
-from fedlora_mpi.data.datasets import Source, load
+from fedlora_mpi.data.datasets import load
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.own import OwnData
 from fedlora_mpi.data.own_checks import check
 from fedlora_mpi.data.partition import GivenSplit
+from fedlora_mpi.data.source import Source
 from fedlora_mpi.data.tables import Table
 from fedlora_mpi.mpi.ending import Refusal
 from fedlora_mpi.store.reader import RunFiles

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora_mpi.data.datasets import Source, load
+from fedlora_mpi.data.datasets import load
+from fedlora_mpi.data.source import Source
 
 
 def put(folder, clients=range(3), test=None, labels=range(4), **about):

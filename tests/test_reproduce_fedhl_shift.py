@@ -12,8 +12,9 @@ import torch
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.cli import main
-from fedlora_mpi.data.datasets import Data, Source
+from fedlora_mpi.data.datasets import Data
 from fedlora_mpi.data.samples import Samples
+from fedlora_mpi.data.source import Source
 from fedlora_mpi.reproduce import features, rank_sheet
 from fedlora_mpi.reproduce import fedhl_shift_table as shift
 from fedlora_mpi.reproduce.fedhl_shift_table import KEYS, RANKS, RATES, TABLE_NAME, ShiftCase

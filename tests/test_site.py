@@ -22,8 +22,8 @@ from fedlora_mpi.config import blocks
 from fedlora_mpi.config.experiment import Config, ModelBlock, Network
 from fedlora_mpi.config.method_settings import allowed_values
 from fedlora_mpi.config.writing import NETWORK_KEYS
-from fedlora_mpi.data.datasets import Source
 from fedlora_mpi.data.partition import PARTITIONS
+from fedlora_mpi.data.source import Source
 from fedlora_mpi.data.tasks import Tasks
 from fedlora_mpi.models import zoo
 

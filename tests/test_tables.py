@@ -7,8 +7,9 @@ from runs import TINY
 
 from fedlora_mpi.cli import main
 from fedlora_mpi.data.csv_texts import read_csv
-from fedlora_mpi.data.datasets import Source, load
+from fedlora_mpi.data.datasets import load
 from fedlora_mpi.data.labels import similar_labels
+from fedlora_mpi.data.source import Source
 from fedlora_mpi.data.texts import Text
 
 pytest.importorskip("tokenizers")

@@ -18,9 +18,10 @@ from fedlora_mpi.config import read
 from fedlora_mpi.config.blocks import ConfigError
 from fedlora_mpi.core.batch import Batch
 from fedlora_mpi.core.seeds import rng
-from fedlora_mpi.data.datasets import Source, load
+from fedlora_mpi.data.datasets import load
 from fedlora_mpi.data.feed import Feed
 from fedlora_mpi.data.partition import Iid
+from fedlora_mpi.data.source import Source
 from fedlora_mpi.data.texts import Text, Vocabulary
 from fedlora_mpi.experiment.assembly import build as build_run
 from fedlora_mpi.experiment.loop import resume, start

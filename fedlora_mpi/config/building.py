@@ -10,8 +10,8 @@ from ..aggregation.topology import TOPOLOGIES, Topology
 from ..algorithm import Algorithm, dataclass_mistake
 from ..components.decentralised import over_topology
 from ..core.losses import CROSS_ENTROPY, LOSSES
-from ..data.datasets import DATASETS, Source
 from ..data.partition import PARTITIONS, Partition
+from ..data.source import DATASETS, Source
 from ..models import zoo
 from ..models.network import Model
 from . import blocks, former

@@ -9,8 +9,8 @@ from ..algorithm import Algorithm, LocalTraining
 from ..core.bounds import bounded
 from ..core.losses import CROSS_ENTROPY
 from ..core.paths import check_path
-from ..data.datasets import Source
 from ..data.partition import Partition
+from ..data.source import Source
 from ..data.tasks import Tasks
 from ..engine.metrics import MetricName
 from ..engine.settings import Engine

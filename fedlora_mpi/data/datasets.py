@@ -4,35 +4,20 @@ Images are bytes, with their normalisation and training augmentation. Texts are 
 user's own data may also be floats of any shape.
 """
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.bounds import bounded
 from ..core.losses import Targets
-from ..core.paths import check_path, expand_home
-from ..core.seeds import rng
-from ..core.vision import import_torchvision
 from . import own, pfllib
-from .csv_texts import read_ag_news, read_csv
-from .folders import read_folder, read_tiny_imagenet
-from .language import (
-    Language,
-    LanguageTexts,
-    language_samples,
-    number_clients,
-    read_language,
-)
-from .leaf import read_leaf
+from .language import LanguageTexts, language_samples, number_clients, read_language
 from .own_checks import check
-from .samples import RawData, RawTexts, Samples, to_samples
-from .tables import Table, read_tables
+from .readers import OWN_READERS, READERS, TEXT_READERS
+from .samples import RawTexts, Samples
+from .source import LANGUAGE_DATASETS, TEXT_DATASETS, Source
 from .texts import Text, Vocabulary
 
 
@@ -106,141 +91,18 @@ class Data(NamedTuple):
         return not self.tokens and len(self.shape) == 3
 
 
-@dataclass(frozen=True)
-class Synthetic:
-    """Settings of a Gaussian mixture for quick runs.
-
-    A sample is the random prototype image of its class plus Gaussian noise. ``noise`` is the ratio
-    of the standard deviation of the noise to that of the prototypes.
-    """
-
-    classes: int = 10
-    train: int = 2000  # samples
-    test: int = 500  # samples
-    size: int = 8  # pixels
-    channels: int = 1
-    noise: float = 3.0  # at the other defaults a linear model reaches 81 %
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        bounded(self, classes="[1, inf)", train="[1, inf)", test="[1, inf)")
-        bounded(self, size="[1, inf)", channels="[1, inf)", noise="[0, inf)")
-
-
-Transform = Literal["crop", "crop_mean", "flip", "rotate", "erase"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """The ``data`` block without the partition."""
-
-    dataset: str  # a name in DATASETS, or module:function
-    # Folder in which torchvision puts its folders. "folder": the folder with train/ and val/ or
-    # test/. "csv", "table": the folder of the files. "pfllib": a folder dataset/NAME of
-    # PFLlib; "leaf": the folder data/ of a data set of LEAF. A function of the user gets it if it
-    # has a parameter ``root``.
-    root: str = "~/data"
-    download: bool = False
-    # how the data of clients differ, or those of all from what a backbone saw; see ``feed.Feed``
-    shift: Literal["none", "rotate", "labels", "permute", "rotate_inputs"] = "none"
-    # auto: the official training transforms of the data set
-    augment: Literal["auto", "none"] | tuple[Transform, ...] = "auto"
-    image_size: int | None = None  # "folder" only: side in pixels to which images are resized
-    synthetic: Synthetic = Synthetic()
-    text: Text = Text()  # "ag_news" and "csv" only
-    allow_pickle: bool = False  # "pfllib" only: its files are pickles
-    path: str | None = None  # "npz" only: the file
-    table: Table = Table()  # "table" only: the columns of its files
-    # "text_lm" and "instruct" only: the keys of their lines; packing is for all texts whose targets
-    # are tokens
-    language: Language = Language()
-
-    def __post_init__(self) -> None:
-        check_path("root", self.root)
-        if self.dataset == "npz" and not self.path:
-            raise ValueError("path = null: dataset = npz needs the path of an npz file; give it")
-        if self.path is not None and self.dataset != "npz":
-            raise ValueError(f"path = {self.path}: only dataset = npz has a path; leave it out")
-        if self.table != Table() and self.dataset != "table":
-            raise ValueError("table: only dataset = table has this block; leave it out")
-        if self.language.packing and self.dataset not in (*LANGUAGE_DATASETS, *_TEXT_READERS):
-            raise ValueError("language.packing = true: only texts are packed; leave it out")
-        keys = replace(self.language, packing=False)
-        if keys != Language() and self.dataset not in LANGUAGE_DATASETS:
-            raise ValueError(
-                "language: only dataset = text_lm or instruct has this block; leave it out"
-            )
-        if self.path is not None:
-            check_path("path", self.path)
-        transforms = self.augment if isinstance(self.augment, tuple) else ()
-        if len(set(transforms)) < len(transforms):
-            raise ValueError(
-                f"augment = {list(transforms)}: each transform works once; name it once"
-            )
-        if {"crop", "crop_mean"} <= set(transforms):
-            raise ValueError(
-                f"augment = {list(transforms)}: choose crop (black border) or crop_mean (of mean "
-                "colour)"
-            )
-        if self.image_size is not None and self.dataset != "folder":
-            raise ValueError(
-                f"image_size = {self.image_size}: only dataset = folder resizes images; leave it "
-                "out"
-            )
-        if self.allow_pickle and self.dataset != "pfllib":
-            raise ValueError(
-                "allow_pickle = true: only the files of dataset = pfllib are pickles; leave it out"
-            )
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size = {self.image_size}: must be an integer of at least 1")
-
-    @property
-    def is_function(self) -> bool:
-        """Whether the data come from a function of the user."""
-        return ":" in self.dataset
-
-    @property
-    def place(self) -> str:
-        """The setting, "key = value", that says where the data come from."""
-        if self.path is not None:
-            return f"path = {self.path}"
-        return f"dataset = {self.dataset}" if self.is_function else f"root = {self.root}"
-
-
-# Names of data sets; any other is a function of the user.
-DATASETS = (
-    "cifar10",
-    "cifar100",
-    "fashionmnist",
-    "mnist",
-    "tiny_imagenet",
-    "folder",
-    "digits",
-    "synthetic",
-    "ag_news",
-    "csv",
-    "pfllib",
-    "leaf",
-    "npz",
-    "table",
-    "text_lm",
-    "instruct",
-)
-LANGUAGE_DATASETS = ("text_lm", "instruct")  # their targets are tokens
-
-
 def load(source: Source, wanted: Targets | None = "classes") -> Data:
     """Return the data set; download missing files first if ``source.download`` is true.
 
     wanted: what the targets must be; None: any. Raises ValueError if files are missing or damaged,
     if a library is not installed, or if the data set has other targets.
     """
-    is_own = source.is_function or source.dataset in _OWN_READERS
-    is_text = source.dataset in (*_TEXT_READERS, *LANGUAGE_DATASETS)
+    is_own = source.is_function or source.dataset in OWN_READERS
+    is_text = source.dataset in (*TEXT_DATASETS, *LANGUAGE_DATASETS)
     if wanted == "tokens" and not is_text:
         raise ValueError(
             f"dataset = {source.dataset}: has no texts to learn, and model.loss = next_token needs "
-            f"them; choose {', '.join((*LANGUAGE_DATASETS, *_TEXT_READERS))}"
+            f"them; choose {', '.join((*LANGUAGE_DATASETS, *TEXT_DATASETS))}"
         )
     if source.dataset in LANGUAGE_DATASETS and wanted != "tokens":
         raise ValueError(
@@ -259,7 +121,7 @@ def load(source: Source, wanted: Targets | None = "classes") -> Data:
             "language.packing = true: only texts that are learned token by token are packed; set "
             "model.loss = next_token, or leave it out"
         )
-    if source.dataset in _TEXT_READERS:
+    if source.dataset in TEXT_DATASETS:
         return _load_texts(source)
     if is_own:
         return _load_own(source, wanted)
@@ -280,7 +142,7 @@ def load(source: Source, wanted: Targets | None = "classes") -> Data:
             owners=(folder.train.owner, folder.test.owner),
             hints=folder.hints,
         )
-    raw = _READERS[source.dataset](source)
+    raw = READERS[source.dataset](source)
     mean, std = _NORMALIZATION.get(source.dataset) or _channel_moments(raw.train.x)
     presets = {"auto": _AUGMENTATION.get(source.dataset, ()), "none": ()}
     augment = presets[source.augment] if isinstance(source.augment, str) else source.augment
@@ -301,7 +163,7 @@ def _load_own(source: Source, wanted: Targets | None) -> Data:
     arrays = (
         own.call_function(source.dataset, source.root)
         if source.is_function
-        else _OWN_READERS[source.dataset](source, wanted)
+        else OWN_READERS[source.dataset](source, wanted)
     )
     checked = check(arrays, source.place, wanted)
     transforms = source.augment if isinstance(source.augment, tuple) else ()
@@ -337,7 +199,7 @@ def _load_own(source: Source, wanted: Targets | None) -> Data:
 
 def read_texts(source: Source) -> RawTexts:
     """Return the texts and classes of ``ag_news`` or ``csv``; download and raise as ``load``."""
-    return _TEXT_READERS[source.dataset](source)
+    return TEXT_READERS[source.dataset](source)
 
 
 def _load_texts(source: Source) -> Data:
@@ -426,141 +288,3 @@ def _channel_moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean = [float(p @ value) for p in shares]
     variance = [float(p @ (value - m) ** 2) for p, m in zip(shares, mean, strict=True)]
     return tuple(mean), tuple(v**0.5 or 1.0 for v in variance)  # 1 where a channel is constant
-
-
-@contextmanager
-def _explain_missing_files(source: Source, folder: str) -> Iterator[None]:
-    """Turn an error of reading or downloading into a ValueError that names ``folder``."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        # RuntimeError comes from torchvision, OSError from the file system or the network.
-        if source.download:
-            why = str(error).splitlines()[0]
-            raise ValueError(
-                f"data.download = true: could not get {source.dataset} into {folder} ({why}); put "
-                "the files there"
-            ) from error
-        raise ValueError(
-            f"data.root = {source.root}: {source.dataset} is missing or damaged in {folder}; "
-            f"put the files there or set data.download=true"
-        ) from error
-
-
-def _torchvision_reader(name: str, folder: str) -> Callable[[Source], RawData]:
-    """Return a reader for a torchvision class.
-
-    torchvision checks MD5 sums before it unpickles anything.
-    """
-
-    def read(source: Source) -> RawData:
-        root = str(expand_home(source.root))
-        dataset_class = getattr(import_torchvision().datasets, name)
-        with _explain_missing_files(source, os.path.join(root, folder)):
-            sides = [
-                dataset_class(root, train=train, download=source.download)
-                for train in (True, False)
-            ]
-        train, test = (to_samples(side.data, side.targets) for side in sides)
-        return RawData(train, test, len(sides[0].classes), tuple(sides[0].classes))
-
-    return read
-
-
-def _tiny_imagenet(source: Source) -> RawData:
-    root = str(expand_home(source.root))
-    folder = os.path.join(root, "tiny-imagenet-200")
-    with _explain_missing_files(source, folder):
-        if source.download and not os.path.isdir(folder):
-            import_torchvision().datasets.utils.download_and_extract_archive(
-                "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-                root,
-                md5="90528d7ca1a48142e341f4ef8d21d0de",
-            )
-        return read_tiny_imagenet(folder)
-
-
-def _digits(source: Source) -> RawData:
-    """Return the 1797 digits of scikit-learn, with values 0..16 scaled to 0..240.
-
-    The test set is a fixed fifth of each class.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ValueError(
-            "data.dataset = digits: scikit-learn is not installed; pip install "
-            "'fedlora-mpi[digits]'"
-        ) from error
-    digits = load_digits()
-    x, y = (digits.images * 15).astype(np.uint8), digits.target
-    is_test = np.zeros(len(y), dtype=bool)
-    for c in range(10):
-        rows = np.flatnonzero(y == c)
-        is_test[
-            rows[torch.randperm(len(rows), generator=rng(1, "digits", c))[: round(len(rows) / 5)]]
-        ] = True
-    return RawData(to_samples(x[~is_test], y[~is_test]), to_samples(x[is_test], y[is_test]), 10)
-
-
-def _synthetic(source: Source) -> RawData:
-    """Return bytes 128 + 48 z, clipped to 0..255; z is a sample of the mixture at unit variance."""
-    settings = source.synthetic
-    shape = (settings.channels, settings.size, settings.size)
-    prototypes = torch.randn(
-        settings.classes, *shape, generator=rng(settings.seed, "synthetic", "prototypes")
-    )
-
-    def draw_side(name: str, number: int) -> Samples:
-        y = torch.arange(number) % settings.classes
-        z = prototypes[y] + settings.noise * torch.randn(
-            number, *shape, generator=rng(settings.seed, "synthetic", name)
-        )
-        z = z / (1 + settings.noise**2) ** 0.5
-        return Samples((128 + 48 * z).clamp(0, 255).to(torch.uint8), y)
-
-    return RawData(
-        draw_side("train", settings.train), draw_side("test", settings.test), settings.classes
-    )
-
-
-def _ag_news(source: Source) -> RawTexts:
-    folder = os.path.join(str(expand_home(source.root)), "AG_NEWS")
-    if source.download:
-        with _explain_missing_files(source, folder):
-            for name, md5 in _AG_NEWS_MD5.items():
-                import_torchvision().datasets.utils.download_url(
-                    f"{_AG_NEWS_URL}/{name}", folder, md5=md5
-                )
-    return read_ag_news(folder, source.text)
-
-
-# torchtext's address and MD5 sums.
-_AG_NEWS_URL = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv"
-_AG_NEWS_MD5 = {
-    "train.csv": "b1a00f826fdfbd249f79597b59e1dc12",
-    "test.csv": "d52ea96a97a2d943681189a97654912d",
-}
-
-
-_TEXT_READERS: dict[str, Callable[[Source], RawTexts]] = {
-    "ag_news": _ag_news,
-    "csv": lambda source: read_csv(str(expand_home(source.root)), source.text),
-}
-_OWN_READERS: dict[str, Callable[[Source, Targets | None], own.OwnData]] = {
-    "npz": lambda source, _: own.read_npz(str(source.path)),
-    "leaf": lambda source, _: read_leaf(source.root),
-    "table": lambda source, wanted: read_tables(
-        str(expand_home(source.root)), source.table, wanted
-    ),
-}
-_READERS: dict[str, Callable[[Source], RawData]] = {
-    "cifar10": _torchvision_reader("CIFAR10", "cifar-10-batches-py"),
-    "cifar100": _torchvision_reader("CIFAR100", "cifar-100-python"),
-    "fashionmnist": _torchvision_reader("FashionMNIST", "FashionMNIST/raw"),
-    "mnist": _torchvision_reader("MNIST", "MNIST/raw"),
-    "tiny_imagenet": _tiny_imagenet,
-    "folder": lambda source: read_folder(source.root, source.image_size),
-    "digits": _digits,
-    "synthetic": _synthetic,
-}

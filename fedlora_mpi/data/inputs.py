@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .datasets import Data, Samples
+from .datasets import Data
+from .samples import Samples
 from .transforms import warp
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..data.datasets import Data, Source, load
+from ..data.datasets import Data, load
+from ..data.source import Source
 from ..store import nolinks
 from ..store.files import write_atomic
 

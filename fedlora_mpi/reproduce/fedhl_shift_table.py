@@ -14,7 +14,8 @@ from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..data.datasets import Source, Text
+from ..data.source import Source
+from ..data.texts import Text
 from .backbones import make_backbone
 from .features import WIDTH, write_features
 from .fedhl_table import lora_entries, text_difference

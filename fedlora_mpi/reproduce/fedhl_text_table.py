@@ -12,7 +12,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..data.datasets import Source, Text
+from ..data.source import Source
+from ..data.texts import Text
 from .backbones import make_backbone
 from .fedhl_shift_table import RANKS as RANKS_BY_NAME
 from .fedhl_table import lora_entries, text_difference

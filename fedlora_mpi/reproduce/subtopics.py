@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.datasets import Source, read_texts
+from ..data.datasets import read_texts
 from ..data.samples import LabelledTexts
+from ..data.source import Source
 from ..data.texts import train_byte_pairs
 from ..store import nolinks
 from ..store.files import write_atomic
