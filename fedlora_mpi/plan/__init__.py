@@ -389,7 +389,8 @@ def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tup
             "engine",
             f"{config.engine.path} on "
             f"{gpus if gpus not in (None, 'none') else config.engine.device}, {len(groups)} "
-            f"groups of up to {max(map(len, groups))}, {workers} workers, "
+            f"group{'s' * (len(groups) > 1)} of up to {max(map(len, groups))}, {workers} "
+            f"worker{'s' * (workers > 1)}, "
             f"{seconds.busy_fraction:.0%} balanced",
         ),
         (
