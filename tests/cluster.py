@@ -50,20 +50,23 @@ PlugStackConfig={home}/plugstack.conf
 SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-GresTypes=gpu
-{node_lines}
+{gpu_types}{node_lines}
 PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
 """
 
 
 class Host(NamedTuple):
-    """A node of the cluster. command: ``command(*words)`` is the command line that runs there."""
+    """A node of the cluster. command: ``command(*words)`` is the command line that runs there.
+
+    gpus: how many GPUs Slurm believes in, at most 4.
+    """
 
     name: str
     address: str
     cores: int
     command: Callable[..., list[str]]
+    gpus: int = 0
 
 
 class Cluster:
@@ -162,7 +165,8 @@ def slurm_cluster(home: Path, hosts: Sequence[Host] = ()) -> Iterator[Cluster]:
 def _write_settings(home: Path, hosts: Sequence[Host], user: str, plugins: Path) -> None:
     """Write what the daemons read, and make the folders that they write to."""
     node_lines = [
-        f"NodeName={host.name} NodeAddr={host.address} CPUs={host.cores} Gres=gpu:4"
+        f"NodeName={host.name} NodeAddr={host.address} CPUs={host.cores}"
+        + (f" Gres=gpu:{host.gpus}" if host.gpus else "")
         for host in hosts
     ]
     settings = {
@@ -171,13 +175,19 @@ def _write_settings(home: Path, hosts: Sequence[Host], user: str, plugins: Path)
             controller=f"{hosts[0].name}({hosts[0].address})",
             user=user,
             ports=_free_ports(2),
+            gpu_types="GresTypes=gpu\n" if any(host.gpus for host in hosts) else "",
             node_lines="\n".join(node_lines),
             plugins=plugins,
         ),
-        "gres.conf": "AutoDetect=off\nName=gpu File=/dev/tty[0-3]\n",
         "mpi.conf": "PMIxCliTmpDirBase=/dev/shm\n",  # each node has its own
         "plugstack.conf": "",
     }
+    gres_lines = [
+        f"NodeName={host.name} Name=gpu File=/dev/tty[0-{host.gpus - 1}]\n"
+        for host in hosts
+        if host.gpus
+    ]
+    settings["gres.conf"] = "AutoDetect=off\n" + "".join(gres_lines)
     for name, text in settings.items():
         (home / name).write_text(text)
     key = home / "munge.key"
@@ -191,7 +201,7 @@ def _write_settings(home: Path, hosts: Sequence[Host], user: str, plugins: Path)
 def _run_daemon(
     line: list[str], home: Path, env: dict[str, str], ready_file: Path
 ) -> Iterator[None]:
-    """A process in the foreground that has made the file ``there``."""
+    """A process in the foreground that has made ``ready_file``."""
     with open(home / "daemons.log", "ab") as log:
         process = subprocess.Popen(line, cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -209,7 +219,7 @@ def _run_daemon(
 def _wait_or_skip(
     condition, skip_reason: str, home: Path, process: subprocess.Popen | None = None
 ) -> None:
-    """Until ``fact()``; skips the test when it does not come."""
+    """Wait until ``condition()``; skip the test when it does not come."""
     deadline = time.monotonic() + 30
     while not condition():
         if time.monotonic() > deadline or process is not None and process.poll() is not None:

@@ -180,7 +180,7 @@ def patch_cuda(machine, monkeypatch):
         "current_stream": lambda device=None: machine.stream,
         "default_stream": lambda device=None: default_stream,
         "get_sync_debug_mode": lambda: 0,
-        "set_sync_debug_mode": lambda mode: setattr(machine, "strict", mode == "error"),
+        "set_sync_debug_mode": lambda mode: setattr(machine, "raises_on_wait", mode == "error"),
     }
     for name, value in fakes.items():
         monkeypatch.setattr(torch.cuda, name, value)

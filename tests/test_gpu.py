@@ -450,6 +450,7 @@ def test_streams_without_memory_for_all_train_fewer_clients_at_once(monkeypatch,
         return whole(self, tasks)
 
     monkeypatch.setattr(ClientStreams, "compute", compute)
+    monkeypatch.setattr(ClientStreams, "at_once", 4)
     budget = MemoryBudget(changes_bits=False)
     federation = small.with_trainers(federation, streams=streams, memory_budget=budget)
     assert equal(ends(federation, state), plain)

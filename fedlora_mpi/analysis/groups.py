@@ -20,7 +20,8 @@ SEED_KEYS = ("seed", "data.partition.seed")
 IGNORED_KEYS = (
     *SEED_KEYS, "output", "checkpoint.", "log.", "data.root", "data.download",
     "server_hosts_clients", "mix", "uplink",
-    "engine.device", "engine.path", "engine.group_size", "engine.threads",
+    "engine.device", "engine.path", "engine.group_size", "engine.threads", "engine.graphs",
+    "engine.personal",
 )  # fmt: skip
 # {block: the key that decides what the block's other keys mean}
 SELECTORS = {"data.partition": "kind", "model": "name", "algorithm": "name", "topology": "name"}

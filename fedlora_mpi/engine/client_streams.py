@@ -21,6 +21,11 @@ class ClientStreams:
         has_streams = device.type not in ("cpu", "meta")
         self._streams = [torch.cuda.Stream(device) for _ in range(number)] if has_streams else []
 
+    @property
+    def at_once(self) -> int:
+        """Clients that are computed at once."""
+        return max(1, len(self._streams))
+
     def compute(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Return the result of each of at most ``number`` tasks, each computed on its stream.
 
@@ -29,7 +34,7 @@ class ClientStreams:
         for.
         """
         if not self._streams:
-            return [task() for task in tasks]
+            return [task() for task in tasks]  # of one client
         current, results = torch.cuda.current_stream(), []
         used_streams = self._streams[: len(tasks)]
         for stream, task in zip(used_streams, tasks, strict=True):

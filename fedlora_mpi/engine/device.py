@@ -1,4 +1,4 @@
-"""Choose the device and the path (loop or stack) of a worker."""
+"""Choose the device and the path (loop, stack or streams) of a worker."""
 
 import ctypes
 import ctypes.util
@@ -89,6 +89,6 @@ def choose_path(
         if device == "cuda" and memory and path != "loop":
             capacity = stack_capacity(model, batch_size, memory)
             at_once = min(AT_ONCE, capacity) if path == "streams" else capacity
-        at_most_half = max(1, min(at_once, -(-cohort // 2)))
-        size = at_most_half
+        half_cohort = max(1, -(-cohort // 2))
+        return path, min(at_once, half_cohort)
     return path, size

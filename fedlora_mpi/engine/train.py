@@ -118,7 +118,8 @@ class Trainer:
         rows_are_here = any(v.device == self.device for v in personal_C.values())
 
         def train_members(members: Sequence[int]) -> tuple[Variables, Variables, list[Tensor]]:
-            ids = [clients[c] for c in members]  # nothing here waits for the device
+            # nothing here waits for the device, unless metrics are computed on the host
+            ids = [clients[c] for c in members]
             start, end, loss_C = self._run_items(
                 ids, self._received_variables(shared, personal_C, members), round_, items
             )
@@ -228,7 +229,7 @@ class Trainer:
         if self.stacked:
             yield from self.memory_budget.compute_in_parts(range(count), compute, free_memory)
         elif self.streams:
-            streams, at_once = self.streams, self.streams.number
+            streams, at_once = self.streams, self.streams.at_once
 
             def compute_each(part: Sequence[int]) -> list[T]:
                 return streams.compute([partial(compute, [c]) for c in part])

@@ -147,7 +147,8 @@ def _start_new_run(
     ):
         if created is not None:
             created.append(folder)
-        return _train(assembly, initial_state(assembly), folder, stop_requests, quiet)
+        state = collectively(comm, lambda: initial_state(assembly))
+        return _train(assembly, state, folder, stop_requests, quiet)
 
 
 def start_or_resume(config: Config, source: str, comm: Comm, quiet: bool = False) -> int:
@@ -197,7 +198,7 @@ def _continue_run(
         state = (
             collectively(comm, lambda: load_state(snapshot, assembly))
             if snapshot
-            else initial_state(assembly)
+            else collectively(comm, lambda: initial_state(assembly))
         )
         return _train(assembly, state, folder, stop_requests, quiet)
 

@@ -45,7 +45,7 @@ class MemoryRows:
             size = format_bytes(clients * like.numel() * like.element_size())
             raise ValueError(
                 f"engine.personal = device: {self.device} has no room for {size} more of the "
-                f"personal leaves of {clients} clients; choose memory"
+                f"personal leaves of {clients} clients; engine.personal=memory has it"
             ) from None
 
     def release(self) -> None:

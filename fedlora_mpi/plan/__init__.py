@@ -83,7 +83,8 @@ def estimate(
     if not workers:
         raise ValueError(f"--ranks = {ranks}: server_hosts_clients = false needs at least 2")
     if gpus:
-        stacks = gpu and config.engine.path != "loop" and not config.engine.gradient_checkpointing
+        one_by_one = config.engine.path in ("loop", "streams")
+        stacks = gpu and not one_by_one and not config.engine.gradient_checkpointing
         path = "stack" if stacks else config.engine.path
         config = replace(config, engine=replace(config.engine, device="cpu", path=path))
     values_up_to = _LARGEST_BYTES if gpu else math.inf
@@ -415,7 +416,7 @@ def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tup
             (
                 "gpu",
                 f"{format_bytes(worker_bytes)} of {format_bytes(gpu.memory)} for a worker: {ranks} "
-                f"fit on one; or one with stacks of {clients:,} clients, where it has {group_size}",
+                f"fit on one; or one that trains {clients:,} clients at once, not {group_size}",
             )
         )
     return lines + [

@@ -33,7 +33,7 @@ def lab(tmp_path_factory):
 @pytest.fixture(scope="module")
 def slurm(lab, tmp_path_factory):
     """The cluster, and an environment for its jobs."""
-    hosts = [Host(node.name, node.name, CORES, node.command) for node in lab.nodes]
+    hosts = [Host(node.name, node.name, CORES, node.command, gpus=4) for node in lab.nodes]
     with slurm_cluster(tmp_path_factory.mktemp("slurm"), hosts) as made:
         made.env["HWLOC_SYNTHETIC"] = f"core:{CORES} pu:1"
         yield made
@@ -46,7 +46,9 @@ def submit(slurm, tmp_path):
     def queue(*words: str, pause: str = "0.1") -> str:
         line = command_line("submit", TINY, *ROUNDS, "output=run", *ON_TWO_NODES, *words)
         said = slurm.run_command(*line, cwd=tmp_path, TEST_PAUSE=pause)
-        return re.match(r"job (\d+): 2 ranks on 2 node", said)[1]
+        queued = re.match(r"job (\d+): 2 ranks on 2 node", said)
+        assert queued, said
+        return queued[1]
 
     return queue
 
