@@ -16,12 +16,20 @@ import numpy as np
 import pytest
 from folders import read_groups, table_rows, write_run
 from matplotlib.colors import to_rgb
-from runs import TINY, process_environment
+from runs import TINY, process_environment, tiny_config
 
+from fedlora_mpi import config as configs
 from fedlora_mpi import open_run, open_runs
 from fedlora_mpi.analysis import groups, parts
 from fedlora_mpi.analysis import runs as several
-from fedlora_mpi.analysis.groups import RunLog, Stat, differing_keys, group_labels, group_runs
+from fedlora_mpi.analysis.groups import (
+    RunLog,
+    Stat,
+    differing_keys,
+    group_labels,
+    group_runs,
+    run_labels,
+)
 from fedlora_mpi.analysis.page import clients, curves, personal, ranks, sweeps, tables, write
 from fedlora_mpi.analysis.page.crowd import PALE, assign_looks, best_and_worst
 from fedlora_mpi.analysis.page.style import (
@@ -962,3 +970,9 @@ def test_groups_know_the_selectors_of_the_config():
 
     said = {f"{block}.{name}" for block, name in groups.SELECTORS.items()}
     assert said == {f"{block}.{choice.selectors[0]}" for block, choice in config.CHOICES.items()}
+
+
+def test_settings_that_change_no_number_make_no_other_label():
+    faster = "engine.graphs=true", "engine.personal=disk", "engine.path=streams"
+    settings = [configs.resolved_dict(tiny_config(*more)) for more in ((), faster, ("seed=2",))]
+    assert len(set(run_labels(settings))) == 1
