@@ -17,17 +17,16 @@ class ClientStreams:
     """
 
     def __init__(self, device: torch.device, number: int) -> None:
-        self.number = number
         has_streams = device.type not in ("cpu", "meta")
         self._streams = [torch.cuda.Stream(device) for _ in range(number)] if has_streams else []
 
     @property
     def at_once(self) -> int:
-        """Clients that are computed at once."""
+        """Clients that are computed at once; 1 without a GPU."""
         return max(1, len(self._streams))
 
     def compute(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """Return the result of each of at most ``number`` tasks, each computed on its stream.
+        """Return the result of each of at most ``at_once`` tasks, each computed on its stream.
 
         The streams begin after what the current stream has to do, which then waits for them. So
         memory may pass from one to another. The host waits for nothing that a task does not wait

@@ -201,7 +201,7 @@ class Trainer:
         Without a stack 1, or as many as there are streams.
         """
         if not self.stacked:
-            return self.streams.number if self.streams else 1
+            return self.streams.at_once if self.streams else 1
         if self.personalization(round_):
             return 1
         return min(_MAX_EVALUATION_STACK, _TEST_BATCH // max(1, *map(self.feed.test_size, clients)))

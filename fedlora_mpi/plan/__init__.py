@@ -108,21 +108,7 @@ def estimate(
     fullest_rank = max(personal_bytes, key=personal_bytes.__getitem__)
     row_bytes = personal_bytes[fullest_rank]
     on_gpu = gpu is not None and config.engine.personal == "device"
-    held_share = {"disk": config.participation, "device": float(not on_gpu)}
-    held_bytes = row_bytes * held_share.get(config.engine.personal, 1.0)
-    # replicas of another rank's rows; changed rows: former values of two rounds, one outgoing and
-    # one incoming message
-    if config.faults.tolerate:
-        held_bytes += row_bytes * (1 + 4 * config.participation)
-    network_bytes = 0
-    if federation.clients.trainer.model.is_without_values:
-        network_bytes = _network_bytes(federation)
-    memory = (
-        costs.resident
-        + network_bytes
-        + held_bytes
-        + (16 if config.reduce == "exact" else 4) * federation.aggregator.terms.size
-    )
+    memory = costs.resident + _host_bytes(assembly, row_bytes, on_gpu)
     seconds = forecast(assembly, costs, list(workers), ranks, machine)
     return Estimate(
         assembly,
@@ -134,6 +120,24 @@ def estimate(
         machine,
         costs,
     )
+
+
+def _host_bytes(assembly: Assembly, row_bytes: float, on_gpu: bool) -> float:
+    """Bytes of memory of a worker with ``row_bytes`` of personal leaves, beside what was measured.
+
+    on_gpu: whether these leaves are on a GPU.
+    """
+    config, federation = assembly.config, assembly.federation
+    held_share = {"disk": config.participation, "device": float(not on_gpu)}
+    held_bytes = row_bytes * held_share.get(config.engine.personal, 1.0)
+    # replicas of another rank's rows; changed rows: former values of two rounds, one outgoing and
+    # one incoming message
+    if config.faults.tolerate:
+        held_bytes += row_bytes * (1 + 4 * config.participation)
+    if federation.clients.trainer.model.is_without_values:
+        held_bytes += _network_bytes(federation)
+    number_bytes = 16 if config.reduce == "exact" else 4
+    return held_bytes + number_bytes * federation.aggregator.terms.size
 
 
 def plan(
