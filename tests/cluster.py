@@ -107,7 +107,8 @@ def _this_machine() -> Host:
 def slurm_cluster(home: Path, hosts: Sequence[Host] = ()) -> Iterator[Cluster]:
     """A cluster of ``hosts`` that answers; without hosts, of this machine.
 
-    Skips the test, with the reason, where there can be none.
+    Skips the test, with the reason, where Slurm is not installed or the machine has one core. An
+    installed Slurm that does not start fails the test.
     """
     programs = {
         name: shutil.which(name, path=SEARCH_PATH)
@@ -152,14 +153,14 @@ def slurm_cluster(home: Path, hosts: Sequence[Host] = ()) -> Iterator[Cluster]:
     with ExitStack() as stack:
         for line, ready_file in daemons:
             stack.enter_context(_run_daemon(line, home, new_cluster.env, ready_file))
-        _wait_or_skip(
+        _wait_or_fail(
             lambda: says("sinfo", "--noheader", "--partition=tests", "--format=%T") == "idle",
             "the nodes do not become idle",
             home,
         )
         yield new_cluster
         says("scancel", "--full", f"--user={user}")
-        _wait_or_skip(lambda: not says("squeue", "--noheader"), "jobs stay", home)
+        _wait_or_fail(lambda: not says("squeue", "--noheader"), "jobs stay", home)
 
 
 def _write_settings(home: Path, hosts: Sequence[Host], user: str, plugins: Path) -> None:
@@ -205,7 +206,7 @@ def _run_daemon(
     with open(home / "daemons.log", "ab") as log:
         process = subprocess.Popen(line, cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
-        _wait_or_skip(ready_file.exists, f"{line[0]} does not start", home, process)
+        _wait_or_fail(ready_file.exists, f"{line[0]} does not start", home, process)
         yield
     finally:
         process.terminate()
@@ -216,15 +217,15 @@ def _run_daemon(
             process.wait()
 
 
-def _wait_or_skip(
-    condition, skip_reason: str, home: Path, process: subprocess.Popen | None = None
+def _wait_or_fail(
+    condition, failure: str, home: Path, process: subprocess.Popen | None = None
 ) -> None:
-    """Wait until ``condition()``; skip the test when it does not come."""
+    """Wait until ``condition()``; fail with the last line of the daemons when it does not come."""
     deadline = time.monotonic() + 30
     while not condition():
         if time.monotonic() > deadline or process is not None and process.poll() is not None:
             log_lines = (home / "daemons.log").read_text(errors="replace").strip().splitlines()
-            pytest.skip(f"{skip_reason}: {log_lines[-1] if log_lines else 'no message'}")
+            pytest.fail(f"{failure}: {log_lines[-1] if log_lines else 'no message'}")
         time.sleep(0.2)
 
 
