@@ -22,6 +22,7 @@ from fedlora_mpi.reproduce.request import Request
 from fedlora_mpi.reproduce.results import Result
 from fedlora_mpi.reproduce.sheet import Cell
 from fedlora_mpi.reproduce.subtopics import assign_equally, find_subtopics
+from fedlora_mpi.reproduce.tuned_sheet import rate_note
 from fedlora_mpi.reproduce.tuning import choose_rates, trial_entries
 from fedlora_mpi.store.reader import RunFiles
 
@@ -163,6 +164,18 @@ def test_a_method_without_a_column_of_the_log_has_a_dash_and_lower_is_said_to_be
     assert "unknown until" in sheet.notes[0]
     assert "perplexity of the server's model" in sheet.notes[1]
     assert "lower is better" in sheet.notes[1]
+
+
+def test_a_rate_at_an_end_of_the_list_is_named():
+    rates = {"fedit": 0.2, "flexlora": 0.4, "fedhl": 0.8, "flora": None}
+    cells = [
+        Cell.from_results(replace(entry, lr=lr), [])
+        for key, lr in rates.items()
+        for entry in entries_of(key)
+    ]
+    tuning = Tuning((0.2, 0.4, 0.8), 7)
+    assert rate_note(tuning, cells).endswith("a rate beyond it may be better: FedIT, FedHL, drift")
+    assert rate_note(tuning, cells[1:2]).endswith("in the last rounds with seed 7")
 
 
 # The command.

@@ -100,7 +100,7 @@ def skew_sheet(
     base = Entry("fedavg", LABELS["fedavg"], {"name": "fedavg"})
     explanations = [
         late_note(base, "the shared model (decentralised: of each client's own)", TUNING.score),
-        rate_note(TUNING),
+        rate_note(TUNING, cells),
         spread_note(seeds, "no published ± stands beside it"),
         *notes,
     ]

@@ -33,7 +33,7 @@ def rank_sheet(
         _share_note(results.get("fedhl-samples", ())),
         late_note(base, "the server's model", tuning.score)
         + "; the other columns: means over the rounds, as `diagnose` explains them",
-        rate_note(tuning),
+        rate_note(tuning, cells),
         f"the paper: ahead of the best other method by {paper.FEDHL}",
         spread_note(seeds, "the paper's could not be had"),
         *notes,

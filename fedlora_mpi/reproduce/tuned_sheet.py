@@ -65,10 +65,16 @@ def late_note(base: Entry, judged: str, score: Score) -> str:
     )
 
 
-def rate_note(tuning: Tuning) -> str:
-    """A note that says how the learning rates were chosen."""
+def rate_note(tuning: Tuning, cells: Sequence[Cell]) -> str:
+    """A note that says how the learning rates were chosen, and which stand at an end of the list:
+    a rate beyond it may be better.
+    """
     rates = ", ".join(f"{rate:g}" for rate in tuning.rates)
-    return f"lr: of {rates} the best in the last rounds with seed {tuning.seed}"
+    note = f"lr: of {rates} the best in the last rounds with seed {tuning.seed}"
+    ends = (min(tuning.rates), max(tuning.rates))
+    if labels := ", ".join(cell.entry.label for cell in cells if cell.entry.lr in ends):
+        note += f"; at an end of this list, so that a rate beyond it may be better: {labels}"
+    return note
 
 
 def format_gain(value: Accuracy) -> str:
