@@ -13,10 +13,11 @@ from tiers import thorough_param
 
 from fedlora_mpi import config as configs
 from fedlora_mpi.aggregation.svd import right_vectors
-from fedlora_mpi.algorithm import Update, Upload
+from fedlora_mpi.algorithm import Aggregate, Update, Upload
 from fedlora_mpi.algorithms.fedhl import FedHL
 from fedlora_mpi.algorithms.fedit import FedIT
 from fedlora_mpi.algorithms.flexlora import FlexLoRA
+from fedlora_mpi.components.lora import diagnosis
 from fedlora_mpi.components.lora.rank_weights import WeightMode, rank_weight
 from fedlora_mpi.components.lowrank import right_singular_vectors
 
@@ -466,6 +467,16 @@ def test_the_diagnosis_of_fedhl_is_what_it_says():
     assert figures["lora_bias"] == pytest.approx(float(square.sqrt()), rel=0, abs=1e-10)
     uniform = next_update(replace(method, weight_mode="uniform"), shared)[0].metrics
     assert uniform["effective_clients"] == pytest.approx(3)
+
+
+def test_weights_too_small_to_be_squared_leave_the_effective_clients_unknown():
+    """The update of a client that diverges is so large that FedHL gives it hardly any weight."""
+    tiny, one = torch.tensor(1e-30), torch.ones(())
+    update = {"a": one}
+    metrics = diagnosis.client_metrics(update, update, update, {"a": tiny}, one)
+    aggregate = Aggregate({}, {}, metrics, round=0, clients=3, share=1.0, weight=3.0)
+    figures = diagnosis.figures(update, update, aggregate)
+    assert np.isnan(figures.pop("effective_clients")) and set(figures.values()) == {0.0}
 
 
 @pytest.mark.parametrize("mode", ["drift", "inverse", "fedhera"])

@@ -3,6 +3,7 @@
 An update is {weight: its matrix [out side, in side]}, low-rank and dense part together.
 """
 
+from math import nan
 from typing import cast
 
 from torch import Tensor
@@ -36,7 +37,7 @@ def client_metrics(
 
 def figures(before: Tree, after: Tree, aggregate: Aggregate) -> dict[str, float]:
     """The numbers for the log; ``before`` and ``after``: the server's update at either end of the
-    round.
+    round. The first is NaN if no client has a weight whose square is above 0.
     """
     mean = aggregate.metrics
     squares = select_prefix(mean, _SQUARE)
@@ -45,10 +46,11 @@ def figures(before: Tree, after: Tree, aggregate: Aggregate) -> dict[str, float]
         for n, w in select_prefix(mean, _WEIGHT).items()
         if squares[n] > 0  # else nobody of the cohort counts, as in a partition of raflora
     ]
-    share = cast(Tensor, sum(shares)) / len(shares)  # effective clients as a part of the cohort
+    # effective clients as a part of the cohort; unknown if all weights are too small to be squared
+    share = sum(map(float, shares)) / len(shares) if shares else nan
     change = {n: v - before[n] for n, v in after.items()}
     values = (
-        float(share) * aggregate.clients,
+        share * aggregate.clients,
         float(mean["truncation"] / mean["one"]),
         _distance(select_prefix(mean, _END), after),
         _distance(select_prefix(mean, _CHANGE), change),
