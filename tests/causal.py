@@ -13,11 +13,21 @@ SIZES |= {"initializer_range": 0.3}  # far enough from zero for a low-rank part 
 
 
 def small_model(folder: Path, family: str) -> Path:
-    """The folder of a random GPT-2 (tied, its layers Conv1D) or Llama (untied, Linear)."""
+    """The folder of a random GPT-2 (tied, its layers Conv1D), OPT (tied) or Llama (untied)."""
     import_torchvision()  # see there: transformers imports it
     transformers = pytest.importorskip("transformers")
     if family == "gpt2":
         config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, **SIZES)
+    elif family == "opt":
+        config = transformers.OPTConfig(
+            hidden_size=8,
+            word_embed_proj_dim=8,
+            ffn_dim=12,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            **SIZES,
+        )
     else:
         config = transformers.LlamaConfig(
             hidden_size=8,

@@ -326,12 +326,16 @@ def test_a_method_that_needs_classes_refuses_a_language_model(tmp_path):
 TARGETS = {"gpt2": ("c_attn", "c_fc"), "llama": ("q_proj", "v_proj", "up_proj")}
 
 
-def causal_settings(folder: Path, family: str, *more: str) -> list[str]:
-    """The tiny experiment of words with a model of Hugging Face."""
+def causal_settings(folder: Path, family: str, *more: str, slices: str = "") -> list[str]:
+    """The tiny experiment of words with a model of Hugging Face; ``slices``: those of c_attn that
+    have low-rank parts.
+    """
     network = small_model(folder, family)
     lines = (TINY.parent / "words/train.csv").read_text().split()
     save_tokenizer(network, sorted({word for line in lines for word in line.split(",")})[:20])
     layers = [f"*.{target}.weight" for target in TARGETS[family]]
+    if slices:
+        layers = [*(f"*.c_attn.weight:{letter}" for letter in slices), *layers[1:]]
     block = f"algorithm={{name: fedit, lora_ranks: [3, 2], alpha: 5, layers: {layers}, full: []}}"
     return [
         WORDS,
@@ -351,15 +355,16 @@ def base_model(folder: Path):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_peft_gives_the_logits_of_a_language_model_and_merges_them(tmp_path, family):
-    how = causal_settings(tmp_path, family)
+@pytest.mark.parametrize("family, slices", [("gpt2", ""), ("gpt2", "qv"), ("llama", "")])
+def test_peft_gives_the_logits_of_a_language_model_and_merges_them(tmp_path, family, slices):
+    how = causal_settings(tmp_path, family, slices=slices)
     peft = pytest.importorskip("peft")
     run = open_run(create_run(1, tmp_path / "run", *how))
     folder = export_adapter(run, 1, tmp_path / "adapter")
     said = json.loads((folder / "adapter_config.json").read_text())
     assert said["task_type"] == "CAUSAL_LM" and said["fan_in_fan_out"] == (family == "gpt2")
     assert said["r"] == 2 and said["modules_to_save"] is None
+    assert [*said["rank_pattern"].values()] == [4] * bool(slices)  # q and v in one pair
     assert {name.rpartition(".")[2] for name in said["target_modules"]} == {*TARGETS[family]}
     assert said["base_model_name_or_path"] == str(tmp_path / family)
     model = peft.PeftModel.from_pretrained(base_model(tmp_path / family), str(folder)).eval()

@@ -29,6 +29,7 @@ from fedlora_mpi.data.source import Source
 from fedlora_mpi.data.texts import Text
 from fedlora_mpi.experiment.assembly import build
 from fedlora_mpi.experiment.loop import _start_new_run, resume
+from fedlora_mpi.experiment.output import config_to_resume
 from fedlora_mpi.experiment.pretrain import pretrain
 from fedlora_mpi.models import weights, zoo
 from fedlora_mpi.mpi.comm import Solo
@@ -200,6 +201,31 @@ def test_only_responses_have_targets(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "template, opening",
+    [
+        ("salt {prompt} tide", "salt the sea tide\n"),
+        ("salt {prompt} tide: {response} stop", "salt the sea tide: "),
+        ("{prompt}{response} stop", "the sea"),
+    ],
+)
+def test_a_response_is_learned_with_what_the_template_has_behind_it(template, opening):
+    text, start = Language(template=template).write("the sea", "a {prompt}")
+    end = " stop" if "{response}" in template else ""
+    assert (text[:start], text[start:]) == (opening, "a {prompt}" + end)
+
+
+@pytest.mark.parametrize("length, count", [(3, 0), (1, 1)])
+def test_texts_without_a_target_are_counted_in_a_hint(length, count, tmp_path):
+    rows = [{"prompt": "the sea", "response": "boat"}, {"prompt": "hill", "response": "road"}]
+    for name in ("train.jsonl", "test.jsonl"):
+        write_json(tmp_path, name, rows)
+    files = {"train": "train.jsonl", "test": "test.jsonl", "length": length}
+    data = load_data(tmp_path, "instruct", text=files)
+    hint = f"text.train = train.jsonl: {count} of 2 texts have no token to predict"
+    assert [line.startswith(hint) for line in data.hints] == [True] * count
+
+
 def test_a_key_of_the_lines_names_the_client(tmp_path):
     for name, count in (("train.jsonl", 12), ("test.jsonl", 6)):
         rows = [{"said": t, "who": f"w{n % 3}"} for n, t in enumerate(lines(count, name))]
@@ -305,6 +331,14 @@ MISTAKES = [
     ({"data.text": {"train": "list.jsonl"}}, "line 1: is no JSON object"),
     ({"data.text": {"train": "key.jsonl"}}, "line 1: has no text text"),
     ({"data.language": {"template": "Say:"}}, "must contain {prompt}"),
+    ({"data.language": {"template": "{response}{prompt}"}}, r"\{response\} may stand there once"),
+    (
+        {"data.text": {"train": "number.jsonl"}},
+        r"line 1: text \(language.text\) is no string, but 5",
+    ),
+    ({"data.shift": "labels"}, "shift = labels: needs a class of each sample.*choose none"),
+    ({"data.shift": "rotate"}, "these are texts; use none"),
+    ({"data.augment": ["flip"]}, "only images are transformed, an input here is a text"),
     ({"data.partition": {"kind": "dirichlet_client", "clients": 5}}, "needs a class of each"),
     (
         {"data.language": PACKED, "model": {"name": "transformer", "loss": "next_token"}},
@@ -328,6 +362,10 @@ MISTAKES = [
         {"algorithm": {"name": "fedit", "layers": ["*.c_attn.weight"]}},
         r"layers = \*.c_attn.weight: matches no weight.*there are .*query.weight",
     ),
+    (
+        {"algorithm": {"name": "fedit", "layers": ["query"]}},
+        r"layers = query: matches no weight; there are .* more. Did you mean \*.query.weight\?",
+    ),
 ]
 
 
@@ -341,6 +379,7 @@ def test_mistakes_are_one_line(change, said, texts, monkeypatch):
     (texts / "bad.jsonl").write_text('{"text": "the sea"}\n{"text": \n')
     (texts / "list.jsonl").write_text("[1]\n")
     (texts / "key.jsonl").write_text('{"body": "the sea"}\n')
+    (texts / "number.jsonl").write_text('{"text": 5}\n')
     tree = tree_of(texts)
     for key, value in change.items():
         block, _, name = key.rpartition(".")
@@ -493,10 +532,17 @@ def test_the_models_of_a_finished_run_have_the_logged_scores(language, texts):
         assert float(losses.sum() / counts.sum()) == pytest.approx(loss, rel=1e-6)
 
 
+def test_a_resume_with_another_language_block_names_the_key_that_differs(texts):
+    folder = run(texts, "run", rounds=1, algorithm="fedavg")
+    # the run's config does not have the block, because all of it has its defaults
+    with pytest.raises(ValueError, match="data.language.packing = True: the run in .* has False"):
+        config_to_resume(folder, ["data.language.packing=true"])
+
+
 # Models of Hugging Face
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
 def test_a_causal_model_has_the_logits_of_transformers(family, tmp_path):
     folder = small_model(tmp_path, family)
     transformers = pytest.importorskip("transformers")

@@ -311,7 +311,7 @@ def test_a_resume_moves_no_bit(trained, copied):
 def test_an_adapter_of_a_slice_is_not_written_for_peft(trained, call):
     folder = trained(*TINY_RUN, "algorithm=fedit")
     code, _, err = call("export", folder, "--client", 0, "--to", "adapter")
-    assert code == 2 and f"{WEIGHT}:q: is no weight of a Linear" in err
+    assert code == 2 and f"{WEIGHT}: is no weight of a Linear" in err
 
 
 def test_plan_names_the_slices():

@@ -10,7 +10,7 @@ raises ValueError if the client has no such part.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import algorithm_name
+from ..core.names import sliced_weight
 from ..core.paths import expand_home
 from ..core.tree import Tree
 from ..models.huggingface import CausalHuggingFace, HuggingFace
@@ -66,10 +67,11 @@ def adapter_content(
     values: all leaves of the client's own model. Some modules are written whole: the modules of
     ``others`` and of ``network.adapter``; for a network ``hf`` also the modules above the encoder
     (peft itself takes some of these) and those with leaves that the network's folder does not have.
+    The pairs of slices of a weight become one pair of that weight.
     Raises ValueError for a low-rank part of another layer than a Linear, for a leaf that is in two
     places of the network (tied), or if no low-rank part is left.
     """
-    module = network.modules[False]
+    module, pairs = network.modules[False], _join_slices(network, pairs)
     others = {name: values[name] for name in sorted(network.adapter.whole)} | {**others}
     for name in (*pairs, *others):
         if places := [n for n, first in network.ties.items() if name in (n, first)]:
@@ -111,12 +113,33 @@ def adapter_content(
     return leaves, {"task_type": hf.TASK if hf else None} | config
 
 
+def _join_slices(network: Model, pairs: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
+    """Return ``pairs`` with one pair for each weight of which slices have pairs.
+
+    Its A holds those of the slices one below the other. Its B is zero but for the rows of a slice
+    in the columns of its rank, so B A changes the slices alone.
+    """
+    joined, parts = {}, defaultdict(list)
+    for name, pair in pairs.items():
+        if name in network.all_leaves:
+            joined[name] = pair
+        else:
+            parts[sliced_weight(name)].append((name, pair))
+    for weight, of_slices in parts.items():
+        names, scale = list(network.slices(weight)), of_slices[0][1][2]
+        columns = []
+        for name, (_, b, s) in of_slices:
+            rows = [torch.zeros_like(b)] * len(names)
+            rows[names.index(name)] = b * (s / scale)
+            columns.append(torch.cat(rows))
+        joined[weight] = torch.cat([a for _, (a, _, _) in of_slices]), torch.cat(columns, 1), scale
+    return joined
+
+
 def _is_linear(network: Model, name: str) -> bool:
     """Return whether a leaf is the weight of a Linear or of transformers' Conv1D."""
     layer, _, leaf_name = name.rpartition(".")
-    leaf = network.all_leaves.get(name)
-    if leaf is None:  # a slice of a weight
-        return False
+    leaf = network.all_leaves[name]
     is_conv1d = leaf.is_linear and leaf.matrix == "transposed"
     is_linear = isinstance(network.modules[False].get_submodule(layer), nn.Linear)
     return leaf_name == "weight" and (is_linear or is_conv1d)

@@ -196,7 +196,7 @@ OPTIONS = (
     Option("--download", "fetch a data set that is not there", {"action": "store_true"}),
     Option(
         "--print-jobs",
-        "run nothing; a line per run, and a Slurm array",
+        "run nothing but what makes backbones; a line per run, and a Slurm array",
         {"action": "store_true"},
     ),
     Option("--collect", "run nothing; the table of what is done", {"action": "store_true"}),

@@ -25,6 +25,7 @@ from .reading import (
 from .writing import (
     FREE_ON_RESUME,
     algorithm_name,
+    all_settings,
     checksummed_yaml,
     digest,
     flatten,
@@ -42,6 +43,7 @@ __all__ = [
     "ModelBlock",
     "Network",
     "algorithm_name",
+    "all_settings",
     "annotated_yaml",
     "digest",
     "flatten",

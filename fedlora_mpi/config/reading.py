@@ -23,6 +23,7 @@ from .writing import (
     CHECKSUM_PREFIX,
     RESET_PREFIX,
     algorithm_name,
+    all_settings,
     complete_tree,
     flatten_tree,
 )
@@ -63,7 +64,7 @@ def _fill_output(path: Path, config: Config, origin: Origin) -> Config:
     }
     placeholders = _PLACEHOLDER.findall(config.output)
     if not set(placeholders) <= set(names):
-        settings = dict(flatten_tree(complete_tree(config)))
+        settings = all_settings(config)
         del settings["output"]
         names = {key: safe_file_name(_plain_text(settings[key])) for key in settings} | names
     for placeholder in placeholders:

@@ -159,8 +159,13 @@ def digest(config: Config) -> str:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """{dotted key: value} of every setting."""
+    """{dotted key: value} of ``resolved_dict``."""
     return dict(flatten_tree(resolved_dict(config)))
+
+
+def all_settings(config: Config) -> dict[str, Any]:
+    """{dotted key: value} of ``complete_tree``."""
+    return dict(flatten_tree(complete_tree(config)))
 
 
 def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

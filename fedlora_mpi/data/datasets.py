@@ -13,7 +13,13 @@ from torch import Tensor
 
 from ..core.losses import Targets
 from . import own, pfllib
-from .language import LanguageTexts, language_samples, number_clients, read_language
+from .language import (
+    LanguageTexts,
+    hint_at_targetless,
+    language_samples,
+    number_clients,
+    read_language,
+)
 from .own_checks import check
 from .readers import OWN_READERS, READERS, TEXT_READERS
 from .samples import RawTexts, Samples
@@ -95,8 +101,25 @@ def load(source: Source, wanted: Targets | None = "classes") -> Data:
     """Return the data set; download missing files first if ``source.download`` is true.
 
     wanted: what the targets must be; None: any. Raises ValueError if files are missing or damaged,
-    if a library is not installed, or if the data set has other targets.
+    if a library is not installed, if the data set has other targets, or if ``source.shift`` or
+    ``source.augment`` does not fit what it has.
     """
+    data = _load(source, wanted)
+    if source.shift == "labels" and data.targets != "classes":
+        raise ValueError(
+            f"shift = labels: needs a class of each sample, and the targets are {data.targets}; "
+            f"choose none{' or rotate' if data.has_images else ''}"
+        )
+    if isinstance(source.augment, tuple) and source.augment and not data.has_images:
+        raise ValueError(
+            f"augment = {list(source.augment)}: only images are transformed, an input here "
+            f"{'is a text' if data.tokens else f'has the shape {list(data.shape)}'}; leave it out"
+        )
+    return data
+
+
+def _load(source: Source, wanted: Targets | None) -> Data:
+    """Return the data set; see ``load``."""
     is_own = source.is_function or source.dataset in OWN_READERS
     is_text = source.dataset in (*TEXT_DATASETS, *LANGUAGE_DATASETS)
     if wanted == "tokens" and not is_text:
@@ -170,7 +193,7 @@ def _load_own(source: Source, wanted: Targets | None) -> Data:
     mean, std = checked.mean, checked.std
     if mean is None or std is None:
         mean, std = _channel_moments(checked.train.x)
-    data = Data(
+    return Data(
         checked.train,
         checked.test,
         checked.classes,
@@ -184,17 +207,6 @@ def _load_own(source: Source, wanted: Targets | None) -> Data:
         token_settings=(checked.tokens, checked.padding),
         targets=checked.targets,
     )
-    if source.shift == "labels" and data.targets != "classes":
-        raise ValueError(
-            f"shift = labels: needs a class of each sample, and the targets are {data.targets}; "
-            "choose none or rotate"
-        )
-    if transforms and not data.has_images:
-        raise ValueError(
-            f"augment = {list(transforms)}: only images are transformed, an input here has the "
-            f"shape {list(data.shape)}; leave it out"
-        )
-    return data
 
 
 def read_texts(source: Source) -> RawTexts:
@@ -247,10 +259,12 @@ def _load_language(source: Source) -> Data:
         topics = np.array(raw.train.y, np.int64), np.array(raw.test.y, np.int64)
         names, hints = raw.class_names, raw.hints
     vocabulary = _vocabulary(text, train.texts, needs_padding=False)
+    settings = [f"text.{key} = {getattr(text, key)}" for key in ("train", "test")]
     train_samples, test_samples = (
-        language_samples(vocabulary, side, f"text.{key} = {getattr(text, key)}")
-        for key, side in (("train", train), ("test", test))
+        language_samples(vocabulary, side, setting)
+        for side, setting in zip((train, test), settings, strict=True)
     )
+    hints += hint_at_targetless(train_samples, settings[0])
     return Data(
         train_samples,
         test_samples,

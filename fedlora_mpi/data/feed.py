@@ -174,8 +174,9 @@ class Feed:
         if shift == "rotate" and not (data.has_images and self.shape[1] == self.shape[2]):
             input_kind = " x ".join(map(str, self.shape[-2:])) if data.has_images else "numbers"
             input_kind = "texts" if data.tokens else input_kind
+            other = "labels" if data.targets == "classes" else "none"
             raise ValueError(
-                f"data.shift = rotate: needs square images, these are {input_kind}; use labels"
+                f"data.shift = rotate: needs square images, these are {input_kind}; use {other}"
             )
         self._seed, self._shift, self._device, self._on_batch = seed, shift, device, on_batch
         self._augment = data.augment if augment else ()

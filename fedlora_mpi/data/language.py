@@ -28,15 +28,28 @@ class Language:
     text: str = "text"  # text_lm: the key of the text
     prompt: str = "prompt"  # instruct: the keys of both parts
     response: str = "response"
-    template: str = "{prompt}"  # instruct: the lines in front of a response
+    # instruct: the text around {prompt}, and around {response}, which else follows in a new line
+    template: str = "{prompt}"
     client: str | None = None  # the key of the client, for partition.kind = given
     packing: bool = False  # several texts of a client in one input, see ``packing``
 
     def __post_init__(self) -> None:
+        before, *after = self.template.split("{response}")
         if "{prompt}" not in self.template:
             raise ValueError(
                 f"template = {self.template!r}: must contain {{prompt}}, where the prompt belongs"
             )
+        if len(after) > 1 or "{prompt}" not in before:
+            raise ValueError(
+                f"template = {self.template!r}: {{response}} may stand there once, behind every "
+                "{prompt}"
+            )
+
+    def write(self, prompt: str, response: str) -> tuple[str, int]:
+        """Return a prompt with its response, and the first character that is learned."""
+        before, found, after = self.template.partition("{response}")
+        opening = before.replace("{prompt}", prompt) + ("" if found else "\n")
+        return opening + response + after, len(opening)
 
 
 class LanguageTexts(NamedTuple):
@@ -74,9 +87,10 @@ def read_language(
         row = _parse_object(location, line)
         if dataset == "instruct":
             prompt = _text_of(location, row, "prompt", language.prompt)
-            opening = language.template.replace("{prompt}", prompt) + "\n"
-            texts.append(opening + _text_of(location, row, "response", language.response))
-            starts.append(len(opening))
+            response = _text_of(location, row, "response", language.response)
+            whole, start = language.write(prompt, response)
+            texts.append(whole)
+            starts.append(start)
         else:
             texts.append(_text_of(location, row, "text", language.text))
             starts.append(0)
@@ -116,6 +130,18 @@ def language_samples(vocabulary: Vocabulary, side: LanguageTexts, setting: str) 
     if not counts[:, 1:].any():
         raise ValueError(f"{setting}: no text has a token to predict; longer texts, or text.length")
     return Samples(torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets).long())
+
+
+def hint_at_targetless(samples: Samples, setting: str) -> tuple[str, ...]:
+    """A hint if some texts have nothing to learn, such as a response behind the cut; else none."""
+    without = int((samples.y == IGNORED).all(1).sum())
+    if not without:
+        return ()
+    return (
+        f"{setting}: {without} of {len(samples.y)} texts have no token to predict within "
+        "text.length; each counts as a sample with the loss 0, so leave them out or raise "
+        "text.length",
+    )
 
 
 def number_clients(
@@ -158,7 +184,11 @@ def _parse_object(location: str, line: str) -> dict[str, Any]:
 
 
 def _text_of(location: str, row: dict[str, Any], key: str, name: str) -> str:
-    if not isinstance(row.get(name), str):
+    if name in row and not isinstance(row[name], str):
+        raise ValueError(
+            f"{location}: {name} (language.{key}) is no string, but {json.dumps(row[name])[:40]}"
+        )
+    if name not in row:
         keys = ", ".join(map(str, row))
         raise ValueError(f"{location}: has no text {name} (language.{key}); it has {keys}")
     return row[name]

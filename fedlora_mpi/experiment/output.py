@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,24 +90,28 @@ def adopt_recorded_engine(config: Config, source: str, folder: Path) -> Config:
         undecided.append("compile")
     engine = replace(config.engine, **{name: getattr(recorded.engine, name) for name in undecided})
     config = replace(config, engine=engine, output=_output_setting(folder))
-    if key := _changed_key(recorded, config):
+    if change := _find_change(recorded, config):
+        key, value, recorded_value = change
         raise ValueError(
-            f"{source}: {key} = {configs.flatten(config).get(key)}: the run in {folder} has "
-            f"{configs.flatten(recorded).get(key)}; choose another output"
+            f"{source}: {key} = {value}: the run in {folder} has {recorded_value}; choose another "
+            "output"
         )
     return config
 
 
-def _changed_key(recorded: Config, config: Config) -> str:
-    """Return the first key that differs and that a resume may not change; "" if there is none."""
+def _find_change(recorded: Config, config: Config) -> tuple[str, Any, Any] | None:
+    """Return the first key that differs and that a resume may not change, its value in ``config``
+    and that in ``recorded``; None if there is none.
+    """
     if configs.digest(config) == configs.digest(recorded):
-        return ""
-    old, new = configs.flatten(recorded), configs.flatten(config)
-    return next(
+        return None
+    old, new = configs.all_settings(recorded), configs.all_settings(config)
+    key = next(
         key
         for key in old | new
         if old.get(key) != new.get(key) and not key.startswith(configs.FREE_ON_RESUME)
     )
+    return key, new.get(key), old.get(key)
 
 
 def config_to_resume(folder: Path, overrides: Sequence[str]) -> Config:
@@ -116,12 +121,12 @@ def config_to_resume(folder: Path, overrides: Sequence[str]) -> Config:
     """
     config = recorded_config(folder, overrides)
     recorded = recorded_config(folder, ())
-    if key := _changed_key(recorded, config):
+    if change := _find_change(recorded, config):
+        key, value, recorded_value = change
         raise ValueError(
-            f"command line: {key} = {configs.flatten(config).get(key)}: the run in {folder} has "
-            f"{configs.flatten(recorded).get(key)}, and a resume may change only "
-            f"{', '.join(configs.FREE_ON_RESUME)}; start anew with 'fedlora-mpi run "
-            f"{folder / 'config.yaml'} {shlex.join(overrides)} output=...'"
+            f"command line: {key} = {value}: the run in {folder} has {recorded_value}, and a "
+            f"resume may change only {', '.join(configs.FREE_ON_RESUME)}; start anew with "
+            f"'fedlora-mpi run {folder / 'config.yaml'} {shlex.join(overrides)} output=...'"
         )
     return config
 

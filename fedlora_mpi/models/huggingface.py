@@ -5,6 +5,7 @@ Nothing is downloaded and no code from the folder runs. Leaves have their names 
 with the prefix ``model.``. Where torch's default device is meta, files of weights are not read.
 """
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,13 +94,18 @@ class CausalHuggingFace(nn.Module):
         super().__init__()
         self.model: Any = model
         self.tokens = tokens
+        # a model that counts its positions from a mask (OPT) cannot do so from attention scores
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of the next token [B, L, tokens] of token ids x [B, L]."""
         length, dtype = x.shape[1], self.model.dtype
         shape = length, length
         future = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=x.device)
-        return self._logits(future.triu(1).expand(len(x), 1, length, length), input_ids=x)
+        inputs = {"input_ids": x}
+        if self.takes_positions:
+            inputs["position_ids"] = torch.arange(length, device=x.device)[None]
+        return self._logits(future.triu(1).expand(len(x), 1, length, length), **inputs)
 
     def _logits(self, attention_bias: Tensor, **inputs: Tensor) -> Tensor:
         """Return the logits of ``inputs`` with ``attention_bias`` [B, 1, L, L] on the attention

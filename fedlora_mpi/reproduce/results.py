@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import Config, digest, flatten, from_recorded
+from ..config import Config, all_settings, digest, from_recorded
 from ..engine.settings import Engine
 from ..store.files import StoreError
 from ..store.reader import RunFiles
@@ -104,7 +104,7 @@ def check_folder(job: Job) -> None:
     recorded = _read_config(job.folder)
     if recorded is None or _settings_digest(recorded) == _settings_digest(job.config):
         return
-    recorded_keys, job_keys = (flatten(config) for config in (recorded, job.config))
+    recorded_keys, job_keys = (all_settings(config) for config in (recorded, job.config))
     ignored = ("output", "rounds", "engine.", "checkpoint.", "data.root", "data.download")
     changes = [
         f"{key} = {recorded_keys.get(key)} (now {job_keys.get(key)})"

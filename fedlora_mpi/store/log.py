@@ -179,7 +179,9 @@ class Log:
             assert array.shape in ((), column.shape[1:]), (
                 f"{name}: {array.shape} into {column.shape}"
             )
-            stored[name] = np.broadcast_to(array.astype(column.dtype), (1, *column.shape[1:]))
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf
+                narrow = array.astype(column.dtype)
+            stored[name] = np.broadcast_to(narrow, (1, *column.shape[1:]))
         round_column = self._columns["rounds/round"]
         rows = len(round_column)
         assert rows == 0 or round_ > round_column[-1], (
