@@ -416,13 +416,13 @@ def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tup
             estimated.client_bytes,
             group_size,
         )
-        lines.append(
-            (
-                "gpu",
-                f"{format_bytes(worker_bytes)} of {format_bytes(gpu.memory)} for a worker: {ranks} "
-                f"fit on one; or one that trains {clients:,} clients at once, not {group_size}",
-            )
+        text = (
+            f"{format_bytes(worker_bytes)} of {format_bytes(gpu.memory)} for a worker: {ranks} fit "
+            "on one"
         )
+        if config.engine.path != "loop":
+            text += f"; or one that trains {clients:,} clients at once, not {group_size}"
+        lines.append(("gpu", text))
     return lines + [
         (
             "disk",
