@@ -364,7 +364,7 @@ MISTAKES = [
     ),
     (
         {"algorithm": {"name": "fedit", "layers": ["query"]}},
-        r"layers = query: matches no weight; there are .* more. Did you mean \*.query.weight\?",
+        r"layers = query: matches no weight; there are .* more. Did you mean \*.query.weight\?$",
     ),
 ]
 

@@ -271,8 +271,9 @@ def _explain_no_match(model: Model, pattern: str, names: Sequence[str]) -> str:
         f"{n}: {model.why_no_matrix(n)}" for n in model.all_leaves if fnmatchcase(n, pattern)
     ] + [f"{n}: tied, name {first}" for n, first in model.ties.items() if fnmatchcase(n, pattern)]
     explanation = f" that can be decomposed ({join_first(rejections)})" if rejections else ""
-    found = [n for n in names if pattern.strip("*.") in n.split(".")]
-    way_out = f". Did you mean *.{pattern.strip('*.')}.weight?" if found else ""
+    word = pattern.strip("*.")  # of a layer, as peft's target_modules have them
+    ends = [path[path.index(word) :] for n in names if word in (path := n.split("."))]
+    way_out = f". Did you mean *.{'.'.join(ends[0])}?" if ends and len(ends[0]) < 3 else ""
     return f"matches no weight{explanation}; there are {join_first(names) or 'none'}{way_out}"
 
 
