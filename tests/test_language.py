@@ -327,6 +327,11 @@ MISTAKES = [
     ({"data.text": {"train": "bytes.txt"}}, "is no text in UTF-8"),
     ({"data.text": {"train": "short.txt"}}, "no text has a token to predict"),
     ({"data.language": {"client": "who"}}, "language.client needs a file .jsonl"),
+    (
+        {"data.language": {"text": "said"}},
+        "language.text = said: train.txt has a text in each line",
+    ),
+    ({"data.partition": {"kind": "given", "clients": 2}}, "or texts with data.language.client"),
     ({"data.text": {"train": "bad.jsonl"}}, "line 2: is no JSON "),
     ({"data.text": {"train": "list.jsonl"}}, "line 1: is no JSON object"),
     ({"data.text": {"train": "key.jsonl"}}, "line 1: has no text text"),

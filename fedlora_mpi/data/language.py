@@ -80,6 +80,11 @@ def read_language(
         if dataset == "instruct" or language.client:
             wanted = "dataset = instruct" if dataset == "instruct" else "language.client"
             raise ValueError(f"{setting}: {wanted} needs a file .jsonl, an object in each line")
+        if language.text != Language.text:
+            raise ValueError(
+                f"language.text = {language.text}: {name} has a text in each line, and only a file "
+                ".jsonl has keys; leave it out"
+            )
         return LanguageTexts.whole([line for _, line in lines])
     texts, starts, clients = [], [], []
     for number, line in lines:

@@ -375,7 +375,8 @@ class GivenSplit(Partition):
         if owners is None:
             raise ValueError(
                 "data.partition.kind = given: this data set has no split; choose another kind, "
-                "data.dataset = pfllib, or data with client_train and client_test"
+                "data.dataset = pfllib, data with client_train and client_test, or texts with "
+                "data.language.client"
             )
         if (given_clients := 1 + max(int(side.max()) for side in owners)) != self.clients:
             raise ValueError(
