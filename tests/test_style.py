@@ -2,7 +2,11 @@
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 
+import pytest
 from runs import TESTS
 
 FILES = sorted((TESTS.parent / "fedlora_mpi").rglob("*.py"))
@@ -20,3 +24,15 @@ def test_no_function_is_named_by_a_bare_participle_or_particle():
                 assert node.name in DOCUMENTED | NOUNS, (
                     f"{file.relative_to(TESTS.parent)}:{node.lineno}"
                 )
+
+
+def test_lint_sorts_imports_alike_once_make_run_has_made_a_folder(tmp_path):
+    """tests/runs.py has the name of that folder."""
+    pytest.importorskip("ruff")
+    (tmp_path / "runs").mkdir()
+    for name in ("pyproject.toml", "tests/test_style.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(TESTS.parent / name, tmp_path / name)
+    ruff = [sys.executable, "-m", "ruff", "check", "--select=I", "--no-cache", "tests"]
+    result = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
