@@ -1,5 +1,5 @@
 # make run    set up .venv, then the quick start: FedLoRA, FedAvg and Local on bundled real data
-# make test   set up .venv, then the tests to run before every commit: 8 minutes on 2 cores (JOBS=4 uses 4 cores)
+# make test   set up .venv, then the tests to run before every commit: 8 to 15 minutes on 2 cores (JOBS=4 uses 4 cores)
 # make docs   set up .venv, then build the site: build/docs/index.html
 # make lint   set up .venv, then ruff (format and rules) and mypy
 # Each works in a fresh clone; later calls reuse .venv.
