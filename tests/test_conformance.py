@@ -189,7 +189,8 @@ def test_defaults_of_the_mean_and_of_the_judged_model_are_those_of_the_sources()
 @all_models
 def test_training_lowers_the_loss(name, model):
     _, first, *_, last = together(name, model)
-    assert last.row["train_loss"] < 0.9 * first.row["train_loss"]
+    share = 0.9 if model == GPT else 0.8  # a tiny model of texts learns slowly
+    assert last.row["train_loss"] < share * first.row["train_loss"]
     assert last.row["loss"] < first.row["loss"] and last.row["accuracy"] > first.row["accuracy"]
     assert all(torch.isfinite(v).all() for v in (last.shared | last.personal).values())
 

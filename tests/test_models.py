@@ -235,7 +235,7 @@ def two_outputs(classes, shape):
         (
             "test_models:demanding",
             {},
-            r"\[3, 7, 5\]: Wrong image height.*; set model.image_size = 5$",
+            r"refuses inputs of shape \[3, 7, 5\]: Wrong image height.*; set model.image_size = 5$",
         ),
         ("test_models:numbers", {}, "cannot be built"),
         ("test_models:with_option", {"depth": 3}, "cannot be built: .*depth"),

@@ -189,11 +189,11 @@ def _parse_object(location: str, line: str) -> dict[str, Any]:
 
 
 def _text_of(location: str, row: dict[str, Any], key: str, name: str) -> str:
-    if name in row and not isinstance(row[name], str):
-        raise ValueError(
-            f"{location}: {name} (language.{key}) is no string, but {json.dumps(row[name])[:40]}"
-        )
     if name not in row:
         keys = ", ".join(map(str, row))
         raise ValueError(f"{location}: has no text {name} (language.{key}); it has {keys}")
+    if not isinstance(row[name], str):
+        raise ValueError(
+            f"{location}: {name} (language.{key}) is no string, but {json.dumps(row[name])[:40]}"
+        )
     return row[name]

@@ -79,11 +79,11 @@ def explain_refusal(shape: Iterable[int]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason, size = summarize_error(error), list(shape)[-1:]
+        sizes, reason = list(shape), summarize_error(error)
         # torchvision's ViT
-        way_out = f"; set model.image_size = {size[0]}" if "image height" in reason else ""
+        way_out = f"; set model.image_size = {sizes[-1]}" if "image height" in reason else ""
         raise ValueError(
-            f"name: the model refuses inputs of shape {list(shape)}: {reason}{way_out}"
+            f"name: the model refuses inputs of shape {sizes}: {reason}{way_out}"
         ) from error
 
 
