@@ -10,6 +10,8 @@ from fedlora_mpi.core.vision import import_torchvision
 
 SIZES = {"vocab_size": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 SIZES |= {"initializer_range": 0.3}  # far enough from zero for a low-rank part to be seen
+LAYERS = {"hidden_size": 8, "num_hidden_layers": 1}
+LAYERS |= {"num_attention_heads": 2, "max_position_embeddings": 16}
 
 
 def small_model(folder: Path, family: str) -> Path:
@@ -19,25 +21,10 @@ def small_model(folder: Path, family: str) -> Path:
     if family == "gpt2":
         config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, **SIZES)
     elif family == "opt":
-        config = transformers.OPTConfig(
-            hidden_size=8,
-            word_embed_proj_dim=8,
-            ffn_dim=12,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            **SIZES,
-        )
+        config = transformers.OPTConfig(ffn_dim=12, word_embed_proj_dim=8, **LAYERS, **SIZES)
     else:
-        config = transformers.LlamaConfig(
-            hidden_size=8,
-            intermediate_size=12,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=16,
-            **SIZES,
-        )
+        heads = {"num_key_value_heads": 1}
+        config = transformers.LlamaConfig(intermediate_size=12, **heads, **LAYERS, **SIZES)
     with isolate_rng(1, family):
         model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder / family)
