@@ -94,8 +94,6 @@ class CausalHuggingFace(nn.Module):
         super().__init__()
         self.model: Any = model
         self.tokens = tokens
-        # a model that counts its positions from a mask (OPT) cannot do so from attention scores
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of the next token [B, L, tokens] of token ids x [B, L]."""
@@ -103,7 +101,8 @@ class CausalHuggingFace(nn.Module):
         shape = length, length
         future = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=x.device)
         inputs = {"input_ids": x}
-        if self.takes_positions:
+        # a model that counts its positions from a mask (OPT) cannot do so from attention scores
+        if "position_ids" in inspect.signature(self.model.forward).parameters:
             inputs["position_ids"] = torch.arange(length, device=x.device)[None]
         return self._logits(future.triu(1).expand(len(x), 1, length, length), **inputs)
 
