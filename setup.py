@@ -15,6 +15,7 @@ extras = {
     "text": ["tokenizers>=0.21"],
     "parquet": ["pyarrow>=17.0"],
     "weights": ["safetensors>=0.5"],
+    "4bit": ["bitsandbytes>=0.50"],
     "privacy": ["dp-accounting>=0.6,<0.7"],  # see privacy/accountant.py before another
     "analysis": ["matplotlib>=3.8", "pandas>=2.1", "rich>=13.7", "scipy>=1.11"],
     "tune": ["optuna>=5.0"],

@@ -69,7 +69,7 @@ def test_any_function_gives_what_the_sum_gives_and_its_gradients(name, with_dens
 
 
 def test_it_describes_itself_without_a_sum(monkeypatch):
-    monkeypatch.setattr(UnmergedWeight, "merge", lambda self: pytest.fail("was formed"))
+    monkeypatch.setattr(UnmergedWeight, "form", lambda self: pytest.fail("was formed"))
     weight = UnmergedWeight(numbers(OUT, IN), *parts(False), SCALE)
     assert weight.shape == (OUT, IN) and weight.dim() == 2 and weight.numel() == OUT * IN
     assert weight.dtype == torch.float64 and weight.device.type == "cpu"
@@ -98,7 +98,7 @@ def test_a_half_base_stays_half_beside_whole_factors():
     A, B = A.float().requires_grad_(), B.float().requires_grad_()
     weight = UnmergedWeight(base, None, A, B, SCALE)
     y = F.linear(numbers(3, IN, dtype=torch.bfloat16), weight)
-    assert y.dtype == torch.bfloat16 and weight.merge().dtype == torch.bfloat16
+    assert y.dtype == torch.bfloat16 and weight.form().dtype == torch.bfloat16
     assert {g.dtype for g in torch.autograd.grad(y.sum(), (A, B))} == {torch.float32}
 
 

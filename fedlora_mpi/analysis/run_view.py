@@ -252,6 +252,7 @@ class RunView:
             "output": block.output,
             "positions": shape[0] if loss and loss.targets == "tokens" else 0,
             "dtype": block.dtype,
+            "quantization": block.quantization,
         }
         if all(file.is_file() for origin in block.origins for file in origin.files):
             settings |= {"weights": block.weights, "adapter": block.adapter}

@@ -15,6 +15,7 @@ from ..data.tasks import Tasks
 from ..engine.metrics import MetricName
 from ..engine.settings import Engine
 from ..models import zoo
+from ..models.quantized import Quantization
 from ..privacy.check import check_settings
 from ..privacy.settings import Privacy
 from .blocks import NO_KEY
@@ -51,6 +52,8 @@ class Network:
     output: str | int | None = None  # the field of the logits; None: the output or its clear field
     # the type in which parameters are stored and passes compute; None: that of the network, float32
     dtype: Literal["bfloat16"] | None = None
+    # how the weights of Linears are stored, which are then frozen; None: as the other parameters
+    quantization: Quantization | None = None
 
     @property
     def origins(self) -> list[zoo.Origin]:

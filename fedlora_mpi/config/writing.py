@@ -43,7 +43,7 @@ OMIT_IF_DEFAULT = {
     "log": tuple(blocks.config_fields(Log)),
 }
 # of every network, beside its own options
-NETWORK_KEYS = ("weights", "adapter", "head", "output", "dtype")
+NETWORK_KEYS = ("weights", "adapter", "head", "output", "dtype", "quantization")
 CHECKSUM_PREFIX = "# Checksum of what follows: "
 RESET_PREFIX = "# Hint: "
 

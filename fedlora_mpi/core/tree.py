@@ -31,7 +31,7 @@ def numel(tree: Tree) -> int:
 
 def nbytes(tree: Tree) -> int:
     """How many bytes the tree's numbers take."""
-    return sum(v.numel() * v.element_size() for v in tree.values())
+    return sum(v.nbytes for v in tree.values())
 
 
 def storage_key(value: Tensor) -> int:

@@ -24,6 +24,7 @@ from ..data.datasets import Data
 from ..data.partition import Split
 from ..data.texts import Vocabulary
 from ..models.network import Model
+from ..models.quantized import QuantizedWeight
 from ..models.state import attribute_digests
 from ..models.weights import file_digest as of_files
 
@@ -218,11 +219,12 @@ def describe_platforms(recorded: Items, current: Items, reference: str) -> str:
 def tensor_digest(value: Tensor, beat: Callable[[], None] = lambda: None) -> str:
     """Return 16 hexadecimal digits: a hash of type, shape and bytes."""
     hasher = blake2b(_shape_and_dtype(value).encode(), digest_size=8)
-    rows = value.detach().reshape(1) if value.dim() == 0 else value.detach()
-    block_rows = max(1, _BLOCK_BYTES // max(1, rows[:1].numel() * rows.element_size()))
-    for start in range(0, len(rows), block_rows):
-        hasher.update(tensor_bytes(rows[start : start + block_rows]))
-        beat()
+    for part in value.parts if isinstance(value, QuantizedWeight) else (value,):
+        rows = part.detach().reshape(1) if part.dim() == 0 else part.detach()
+        block_rows = max(1, _BLOCK_BYTES // max(1, rows[:1].numel() * rows.element_size()))
+        for start in range(0, len(rows), block_rows):
+            hasher.update(tensor_bytes(rows[start : start + block_rows]))
+            beat()
     return hasher.hexdigest()
 
 

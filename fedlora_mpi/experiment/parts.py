@@ -89,7 +89,7 @@ def _build_models(config: Config, source: str, data: Data, shapes_alone: bool) -
         _check_targets(config, data)
     for network in config.model.mix:
         with prefix_errors(source, "model"):
-            _check_adapter(config.algorithm, network)
+            _check_frozen_weights(config.algorithm, network)
         if network.name == "hf" and data.vocabulary and not config.data.source.text.tokenizer:
             reason = "network hf reads the tokens of its own tokenizer; give it"
             raise ValueError(f"{source}: data.text.tokenizer = null: {reason}")
@@ -104,6 +104,7 @@ def _build_models(config: Config, source: str, data: Data, shapes_alone: bool) -
                 head=network.head,
                 output=network.output,
                 dtype=network.dtype,
+                quantization=network.quantization,
                 packed=config.data.source.language.packing,
                 shapes_alone=shapes_alone,
             )
@@ -126,13 +127,15 @@ def _check_targets(config: Config, data: Data) -> None:
         )
 
 
-def _check_adapter(method: Algorithm, network: Network) -> None:
-    """Raise ValueError if the network has an adapter from which the method would not start."""
-    if network.adapter is not None and not isinstance(method, FineTuning):
-        raise ValueError(
-            f"adapter = {network.adapter}: {configs.algorithm_name(method)} trains no low-rank "
-            "part beside frozen weights; leave it out, or choose a method such as fedit"
-        )
+def _check_frozen_weights(method: Algorithm, network: Network) -> None:
+    """Raise ValueError if the network has what only a low-rank part beside frozen weights uses."""
+    for key in ("adapter", "quantization"):
+        value = getattr(network, key)
+        if value is not None and not isinstance(method, FineTuning):
+            raise ValueError(
+                f"{key} = {value}: {configs.algorithm_name(method)} trains no low-rank part beside "
+                "frozen weights; leave it out, or choose a method such as fedit"
+            )
 
 
 def _check_method(config: Config, targets: Targets) -> None:

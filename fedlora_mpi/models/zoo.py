@@ -26,6 +26,7 @@ from .coupling import couples_examples
 from .gpt import GPT, PackedGPT
 from .network import Model, from_module
 from .packing import check_packing
+from .quantized import Quantization, quantize
 from .resnet import ResNet
 from .transformer import Transformer
 from .vision_transformer import VisionTransformer
@@ -243,6 +244,7 @@ def build(
     output: str | int | None = None,
     positions: int = 0,
     dtype: str | None = None,
+    quantization: Quantization | None = None,
     packed: bool = False,
     shapes_alone: bool = False,
 ) -> Model:
@@ -252,9 +254,10 @@ def build(
     ``module:callable``. The callable gets ``classes`` and ``shape`` (for texts also ``tokens``, and
     ``padding`` if it has that parameter) and returns an nn.Module. ``weights``: see
     ``weights.find_file``; ``adapter``: see ``peft_files.load_adapter``; ``head``, ``output``,
-    ``positions`` and ``dtype`` (torch's name): see ``network.from_module``; ``packed``: whether an
-    input is a row of several texts. ``shapes_alone``: build a network of this package without
-    values, on the device meta; no weights are read, whatever their size.
+    ``positions`` and ``dtype`` (torch's name): see ``network.from_module``; ``quantization``: see
+    ``quantized.quantize``; ``packed``: whether an input is a row of several texts.
+    ``shapes_alone``: build a network of this package without values, on the device meta; no weights
+    are read, whatever their size.
 
     Raises ValueError if there is no such model, if it refuses its options or inputs, if the weights
     or the adapter are missing or do not fit, if it has no such head or output, or if it cannot read
@@ -289,6 +292,11 @@ def build(
         except ValueError as error:
             raise ValueError(f"name = {name}: {error}") from error
     model = _load_files(model, name, None if on_meta else weights, adapter)
+    if quantization is not None:
+        try:
+            model = quantize(model, quantization)
+        except ValueError as error:
+            raise ValueError(f"quantization = {quantization}: {error}") from error
     return model.to(torch.device("meta")) if on_meta else model
 
 
