@@ -3,7 +3,7 @@
 import pytest
 import small
 from methods import FIELDS
-from runs import TINY, build_tiny
+from runs import TINY, build_tiny, tiny_config
 from small import make_model
 
 from fedlora_mpi.algorithm import LocalTraining
@@ -13,7 +13,7 @@ from fedlora_mpi.algorithms.fedlora import FedLoRA
 from fedlora_mpi.algorithms.fedrep import FedRep
 from fedlora_mpi.algorithms.pfedlora import PFedLoRA
 from fedlora_mpi.algorithms.pfedme import PFedMe
-from fedlora_mpi.experiment.hints import method_doubts, run_hints, untrained_parts
+from fedlora_mpi.experiment.hints import method_doubts, run_hints, setting_doubts, untrained_parts
 from fedlora_mpi.store.reader import RunFiles
 
 IID = ["data.partition.kind=iid", "data.partition.train=20", "data.partition.test=5"]
@@ -75,6 +75,29 @@ def test_a_run_tells_what_its_method_doubts_and_records_it(call, tmp_path):
     hints = [line for line in err.splitlines() if "overshoots" in line]
     assert code == 0 and len(hints) == 1 and "UserWarning" not in err
     assert RunFiles(run).hints == [hints[0].removeprefix("hint: ")]
+
+
+@pytest.mark.parametrize("block, dataset", [("table", "table"), ("language", "text_lm")])
+def test_a_key_of_clients_that_the_partition_does_not_use_is_told(block, dataset):
+    data = f"{{dataset: {dataset}, {block}: {{client: author}}"
+    given, other = (
+        tiny_config(f"data={data}, partition: {kind}}}")
+        for kind in ("given", "{kind: iid, clients: 2, train: 3, test: 2}")
+    )
+    assert setting_doubts(given) == setting_doubts(tiny_config()) == []
+    (line,) = setting_doubts(other)
+    assert line == (
+        f"data.{block}.client = author: is not used, as data.partition.kind is iid; given takes "
+        "the clients of the files"
+    )
+
+
+@pytest.mark.parametrize("merge", ["true", "false"])
+def test_quantized_weights_that_are_formed_for_every_client_are_told(merge):
+    pytest.importorskip("bitsandbytes")
+    network = "model={name: mlp, hidden: 8, quantization: nf4}"
+    lines = run_hints(build_tiny(network, "algorithm=fedit", f"algorithm.merge={merge}"))
+    assert sum("algorithm.merge=false holds" in line for line in lines) == (merge == "true")
 
 
 def test_epochs_that_leave_none_for_the_shared_part_are_told_with_their_keys():

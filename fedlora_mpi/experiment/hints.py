@@ -55,6 +55,12 @@ def run_hints(assembly: Assembly) -> list[str]:
                 "this CPU multiplies bfloat16: engine.precision=bf16 may train faster (other "
                 "numbers; weights stay float32)"
             )
+    for network in assembly.config.model.mix:
+        if network.quantization and getattr(assembly.config.algorithm, "merge", False):
+            lines.append(
+                f"model.quantization = {network.quantization}: algorithm.merge=false holds adapted "
+                "weights in 4 bits alone; true forms each of them for every client"
+            )
     return lines + _decomposition_hints(assembly)
 
 
@@ -86,14 +92,28 @@ _ROUNDS = 4  # rounds whose phases are looked at: some methods alternate between
 
 
 def training_hints(assembly: Assembly) -> list[str]:
-    """What clients never train, a line for each network and rank, and what the method doubts."""
-    clients, lines = assembly.federation.clients, []
+    """What clients never train, a line for each network and rank, and what settings and the method
+    doubt.
+    """
+    clients, lines = assembly.federation.clients, setting_doubts(assembly.config)
     for client_type in clients.types:
         model, train = client_type.trainer.model, client_type.trainer.settings
         lines += method_doubts(assembly.federation.algorithm, model, train)
         shared = client_type.local_initial.shared
         lines += untrained_parts(client_type.algorithm, model, train, shared)
     return list(dict.fromkeys(lines))
+
+
+def setting_doubts(config: configs.Config) -> list[str]:
+    """A line for each key of the clients in the files that the partition does not use."""
+    kind, source = configs.partition_kind(config.data.partition), config.data.source
+    keys = {"table": source.table.client, "language": source.language.client}
+    return [
+        f"data.{block}.client = {key}: is not used, as data.partition.kind is {kind}; given takes "
+        "the clients of the files"
+        for block, key in keys.items()
+        if key is not None and kind != "given"
+    ]
 
 
 def method_doubts(method: Algorithm, model: Model, train: LocalTraining) -> list[str]:
