@@ -21,6 +21,7 @@ _DESCRIPTIONS = {getattr(Tensor, name).__get__ for name in _PROPERTIES.split()} 
     Tensor.numel,
     Tensor.is_floating_point,
     Tensor.is_complex,
+    Tensor.element_size,
 }
 
 

@@ -320,6 +320,12 @@ class Model:
         """Bytes of the initial values and the constants, which all clients of a worker share."""
         return sum(v.nbytes for tree in (self.initial, self.constants) for v in tree.values())
 
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes of the same numbers as they are read, before any are quantized."""
+        trees = (self.initial, self.constants)
+        return sum(v.numel() * v.element_size() for tree in trees for v in tree.values())
+
     def why_no_matrix(self, leaf: str) -> str:
         """Return why a leaf (frozen or not) is not read as a matrix; "" if it is."""
         shape, role, matrix = self.all_leaves[leaf]

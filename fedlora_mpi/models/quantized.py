@@ -127,7 +127,8 @@ class _Linear(torch.autograd.Function):
 def quantize(model: Model, quantization: Quantization) -> Model:
     """Return ``model`` with the weights of its Linears quantized, and frozen.
 
-    The head stays as it is, and so does a weight in several places (tied). Raises ValueError if no
+    The head stays as it is, and so does a weight in several places (tied). ``model`` itself loses
+    the weights one by one, so that a large network is in memory once. Raises ValueError if no
     weight is left, or if bitsandbytes is missing.
     """
     _library()
@@ -139,15 +140,14 @@ def quantize(model: Model, quantization: Quantization) -> Model:
     ]
     if not names:
         raise ValueError("the network has no Linear besides its head; leave it out")
-    everything, leaves = model.all_values, model.all_leaves
-    values = {
-        n: QuantizedWeight.of(everything[n], quantization, leaves[n].matrix == "transposed")
-        for n in names
-    }
+    leaves, values = model.all_leaves, {}
+    for n in names:
+        value = (model.initial if n in model.initial else model.constants).pop(n)
+        values[n] = QuantizedWeight.of(value, quantization, leaves[n].matrix == "transposed")
+        del value
     return replace(
         model,
         leaves={n: leaf for n, leaf in model.leaves.items() if n not in values},
-        initial={n: v for n, v in model.initial.items() if n not in values},
         constants=model.constants | values,
         frozen_leaves=model.frozen_leaves | {n: leaves[n] for n in names},
     )

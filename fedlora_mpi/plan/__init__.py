@@ -8,7 +8,7 @@ then adds up what each rank of the real placement would compute.
 import json
 import math
 import os
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, cast
@@ -30,6 +30,7 @@ from ..experiment.engine_choice import worker_ranks
 from ..experiment.fingerprint import recorded_inventory
 from ..federation.clients import ClientType
 from ..federation.federation import Federation, State
+from ..models.network import Model
 from ..mpi.comm import Solo
 from .counted import gpu_capacity
 from .devices import BANDWIDTH, BANDWIDTH_SHARE, CONTEXT_BYTES, LATENCY, PEAK_SHARE, find_device
@@ -135,7 +136,7 @@ def _host_bytes(assembly: Assembly, row_bytes: float, on_gpu: bool) -> float:
     if config.faults.tolerate:
         held_bytes += row_bytes * (1 + 4 * config.participation)
     if federation.clients.trainer.model.is_without_values:
-        held_bytes += _network_bytes(federation)
+        held_bytes += sum(model.read_nbytes for model in _networks(federation))
     number_bytes = 16 if config.reduce == "exact" else 4
     return held_bytes + number_bytes * federation.aggregator.terms.size
 
@@ -376,10 +377,9 @@ def _model_text(federation: Federation, number: int, name: str) -> str:
     )
 
 
-def _network_bytes(federation: Federation) -> int:
-    """Bytes of all networks of a worker, each in memory once for all clients."""
-    networks = {t.network: t.trainer.model for t in federation.clients.types}
-    return sum(model.nbytes for model in networks.values())
+def _networks(federation: Federation) -> Collection[Model]:
+    """All networks of a worker, each in memory once for all clients."""
+    return {t.network: t.trainer.model for t in federation.clients.types}.values()
 
 
 def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tuple[str, str]]:
@@ -411,7 +411,7 @@ def _cost_lines(estimated: Estimate, workers: int, gpus: str | None) -> list[tup
         worker_bytes, ranks, clients = gpu_capacity(
             gpu,
             cast(Feed, federation.clients.trainer.feed).nbytes
-            + _network_bytes(federation)
+            + sum(model.nbytes for model in _networks(federation))
             + estimated.row_bytes,
             estimated.client_bytes,
             group_size,
