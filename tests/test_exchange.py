@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from runs import TINY, assert_same_run
+from runs import TINY, assert_same_run, create_run
 
 from fedlora_mpi import config as configs
 from fedlora_mpi import open_run
@@ -341,6 +341,13 @@ def test_without_a_client_the_shared_part_is_written(run, tmp_path, capsys):
         np.array_equal(found[n], shared[n]) for n in shared
     )
     assert "of the network not, each client has its own" in capsys.readouterr().out
+
+
+def test_leaves_that_nobody_trains_are_told_apart_from_personal_ones(tmp_path, capsys):
+    run = create_run(1, tmp_path / "run", "algorithm=fedit", "rounds=1")
+    assert main(["export", str(run), "--to", str(tmp_path / "shared.pt")]) == 0
+    out = capsys.readouterr().out
+    assert "of the network not, nobody trains them" in out and "each client has its own" not in out
 
 
 def test_results_are_those_that_pfllib_would_have_of_these_accuracies(run, tmp_path):

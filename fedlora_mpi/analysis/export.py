@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..components.lowrank import join_first
 from ..core.paths import expand_home
 from ..models.weights import pack_safetensors
 from ..store.files import write_atomic
@@ -78,20 +79,24 @@ def shared_state_dict(run: RunView) -> tuple[dict[str, torch.Tensor], str]:
         raise ValueError(
             f"{run.path}: {name} shares nothing, so there is no shared model; give --client"
         )
-    network = run.networks[0]
+    network = run.networks[number := min(run.network_of)]
     leaves |= {
         name: v
         for name, v in network.constants.items()
         if name in network.frozen_leaves and not v.is_meta
     }
+    personal = run.client(run.network_of.index(number)).variables.personal
     missing = [name for name in network.all_leaves if name not in leaves]
-    missing_note = (
-        f"; {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} of the network not, each "
-        "client has its own"
-        if missing
-        else ""
+    names_by_reason = {
+        "each client has its own": [name for name in missing if name in personal],
+        "nobody trains them": [name for name in missing if name not in personal],
+    }
+    note = "".join(
+        f"; {join_first(names)} of the network not, {reason}"
+        for reason, names in names_by_reason.items()
+        if names
     )
-    return leaves, f" that clients share after round {run.checkpoint.round}{missing_note}"
+    return leaves, f" that clients share after round {run.checkpoint.round}{note}"
 
 
 def _write(leaves: dict[str, torch.Tensor], target: Path) -> str:
