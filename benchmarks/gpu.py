@@ -37,6 +37,7 @@ from fedlora_mpi.experiment.assembly import Assembly, build
 from fedlora_mpi.experiment.checkpointing import initial_state
 from fedlora_mpi.federation.federation import State
 from fedlora_mpi.federation.round import run_round
+from fedlora_mpi.models.quantized import QuantizedWeight
 from fedlora_mpi.mpi.comm import Solo, connect
 from fedlora_mpi.mpi.ending import run_or_abort
 
@@ -69,6 +70,11 @@ METHODS = {
         "scale": "official",
     },
 }
+# a backbone in 4 bits under factors, for a check alone
+FOUR_BIT = {
+    "model": {"name": "mlp", "hidden": 256, "layers": 3, "quantization": "nf4"},
+    "algorithm": {"name": "fedit", "lora_ranks": [4], "merge": False},
+}
 TARGET = 1.0  # second per round of FedLoRA
 
 
@@ -99,7 +105,7 @@ def prepare(task: dict, method: str, comm=None, lr: float = 0.1, **engine) -> As
     tree = {
         "data": {"dataset": "synthetic", "synthetic": images, "partition": holds},
         "model": task["model"],
-        "algorithm": METHODS[method],
+        "algorithm": task.get("algorithm") or METHODS[method],
         "rounds": 1,
         "engine": engine,
         "train": {"epochs": task["epochs"], "batch_size": task["batch"], "lr": lr, "momentum": 0.9},
@@ -189,6 +195,16 @@ def checks(task: dict, device: str) -> Iterator[tuple[str, Callable[[], dict]]]:
                 f"{method}: a stack is split where memory is short",
                 lambda method=method, made=made: split_check(few, method, made(**stack, **steps)),
             )
+    yield "4-bit weights: the numbers are those on the CPU", partial(same_numbers, device)
+    for name, engine in (
+        ("loop", loop | steps),
+        ("stack", stack | steps),
+        ("recorded", loop | again),
+    ):
+        yield (
+            f"4-bit weights: {name} against the CPU's loop",
+            partial(four_bit, few, device, engine),
+        )
 
 
 def checked(task: dict, device: str) -> list[dict]:
@@ -210,6 +226,20 @@ def bounded(difference: float, most: float) -> dict:
     # also False for a NaN
     assert difference <= most, f"{difference:.3g} apart, at most {most:g} are right"
     return {"difference": difference, "at most": most}
+
+
+def same_numbers(device: str) -> dict:
+    weight = QuantizedWeight.of(torch.randn(256, 512), "nf4")
+    assert torch.equal(weight.to(device).form().cpu(), weight.form())
+    return {}
+
+
+def four_bit(few: dict, device: str, engine: dict) -> dict:
+    here, there = (
+        ends(prepare(few | FOUR_BIT, "", lr=0.01, device=on, **how), 4)
+        for on, how in ((device, engine), ("cpu", {"path": "loop", "graphs": False}))
+    )
+    return bounded(apart(here, there), 5e-2)
 
 
 def waits_not(few: dict, method: str) -> dict:
