@@ -61,6 +61,17 @@ def unseeded(classes, shape):
     return module
 
 
+def unseeded_body(classes, shape):
+    """The same, with a second Linear, the head."""
+    return nn.Sequential(unseeded(5, shape), nn.ReLU(), nn.Linear(5, classes))
+
+
+def unseeded_and_frozen(classes, shape):
+    module = unseeded_body(classes, shape)
+    module[0][3].weight.requires_grad_(False)
+    return module
+
+
 def from_global(classes, shape):
     """Weights of the global generators of numpy and Python."""
     module = flat(classes, shape)
@@ -286,6 +297,29 @@ def test_other_machines_are_told_of_and_take_the_first_weights_of_rank_0(monkeyp
         and "CPU level is DEFAULT (AVX512 on rank 0)".replace("AVX512", level) in lines[0]
     )
     assert "bits may differ" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        "test_agreement:unseeded_and_frozen",
+        "{name: test_agreement:unseeded_body, quantization: nf4}",
+    ],
+)
+def test_other_machines_take_the_frozen_weights_of_rank_0(network, monkeypatch):
+    if "quantization" in network:
+        pytest.importorskip("bitsandbytes")
+    overrides = (f"model={network}", "algorithm=fedit")
+    assert "0.3.weight: not the same as on rank 0" in refused(*overrides)
+    on_other_machines(monkeypatch, {1, 2})
+
+    def play(comm):
+        ODD.rank = comm.rank
+        return build_run(tiny_config(*overrides), str(TINY), comm).federation
+
+    weights = [f.clients.trainer.model.constants["0.3.weight"] for f in run_on_ranks(3, play)]
+    assert len({inventory.tensor_digest(w) for w in weights}) == 1
+    assert len({type(w) for w in weights}) == 1
 
 
 def test_a_rank_like_rank_0_is_not_excused_by_another_machine(monkeypatch, capsys):

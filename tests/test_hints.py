@@ -97,7 +97,7 @@ def test_quantized_weights_that_are_formed_for_every_client_are_told(merge):
     pytest.importorskip("bitsandbytes")
     network = "model={name: mlp, hidden: 8, quantization: nf4}"
     lines = run_hints(build_tiny(network, "algorithm=fedit", f"algorithm.merge={merge}"))
-    assert sum("algorithm.merge=false holds" in line for line in lines) == (merge == "true")
+    assert sum("algorithm.merge=false holds adapted" in line for line in lines) == (merge == "true")
 
 
 def test_epochs_that_leave_none_for_the_shared_part_are_told_with_their_keys():

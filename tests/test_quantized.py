@@ -1,6 +1,7 @@
 """Frozen weights in 4 bits: ``model.quantization``."""
 
-import builtins
+import math
+import sys
 from dataclasses import fields, replace
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from causal import small_model
 from methods import overrides_for
-from runs import assert_same_run, build_tiny, create_run, run_rounds, snapshots_equal
+from runs import TINY, assert_same_run, build_tiny, create_run, run_rounds, snapshots_equal
 from tiers import thorough_param, tiered_param
+from torch import nn
 from torch.func import functional_call, vmap
 
 import fedlora_mpi
@@ -25,6 +27,7 @@ from fedlora_mpi.experiment.loop import resume
 from fedlora_mpi.models import zoo
 from fedlora_mpi.models.quantized import QuantizedWeight, quantize
 from fedlora_mpi.models.recomputing import recompute_blocks
+from fedlora_mpi.models.unmerged import UnmergedWeight
 from fedlora_mpi.models.weights import pack_safetensors
 from fedlora_mpi.mpi.comm import Solo
 from fedlora_mpi.mpi.ending import Refusal
@@ -52,6 +55,18 @@ def gpt(quantization=None, dtype=None, **how):
     sizes = {"width": 16, "heads": 2, "layers": 2, "feedforward": 24}
     how |= {"dtype": dtype, "quantization": quantization}
     return zoo.build("gpt", sizes, TOKENS, (LENGTH,), 1, TOKENS, positions=LENGTH, **how)
+
+
+class Double(nn.Linear):
+    """A Linear in float64 between layers in float32."""
+
+    def forward(self, x):
+        return super().forward(x.double()).float()
+
+
+def double(classes, shape):
+    first = Double(math.prod(shape), 5, dtype=torch.float64)
+    return nn.Sequential(nn.Flatten(), first, nn.Linear(5, classes))
 
 
 def with_numbers(model, quantized):
@@ -130,6 +145,38 @@ def test_a_trained_bias_gets_its_gradient():
     bias = numbers(OUT).requires_grad_()
     (found,) = torch.autograd.grad((F.linear(x, weight, bias) * numbers(2, 3, OUT)).sum(), bias)
     torch.testing.assert_close(found, numbers(2, 3, OUT).sum((0, 1)))
+    (found,) = torch.autograd.grad(F.linear(x[0, 0], weight, bias).sum(), bias)
+    assert torch.equal(found, torch.ones(OUT))
+
+
+@pytest.mark.parametrize("weight", ["quantized", "unmerged"])
+def test_a_layer_may_give_the_arguments_by_name(weight):
+    value, x, bias = QuantizedWeight.of(numbers(OUT, IN), "nf4"), numbers(3, IN), numbers(OUT)
+    if weight == "unmerged":
+        value = UnmergedWeight(value, None, numbers(2, IN), numbers(OUT, 2), 0.5)
+    dense = value.form()
+    torch.testing.assert_close(F.linear(bias=bias, weight=value, input=x), F.linear(x, dense, bias))
+    y, last = x[:, :OUT], numbers(IN)
+    expected = torch.addmm(last, y, dense, beta=2)
+    torch.testing.assert_close(torch.addmm(last, mat2=value, mat1=y, beta=2), expected)
+    out = torch.empty(3, IN)
+    torch.addmm(last, y, value, beta=2, out=out)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_products_under_autocast_are_those_of_the_numbers(stacked, with_bias):
+    weight, bias = QuantizedWeight.of(numbers(OUT, IN), "nf4"), numbers(OUT) if with_bias else None
+    x = numbers(2, 3, IN).requires_grad_()
+    results = []
+    for w in (weight, weight.form()):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            product = lambda x, w=w: F.linear(x, w, bias)  # noqa: E731
+            y = (vmap(product) if stacked else product)(x)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), x)))
+    assert results[0][0].dtype == results[1][0].dtype
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_clients_of_a_stack_have_one_weight():
@@ -326,6 +373,10 @@ MISTAKES = {
         ("model={name: cifar_resnet8, quantization: nf4}", "algorithm=fedit"),
         "quantization = nf4: the network has no Linear besides its head; leave it out",
     ),
+    "longer numbers": (
+        ("model={name: test_quantized:double, quantization: nf4}", "algorithm=fedit"),
+        "quantization = nf4: 1.weight is float64, and only shorter numbers are quantized",
+    ),
     "another kind": (
         ("model={name: mlp, quantization: int8}",),
         "model.quantization = int8: must be nf4, fp4 or null",
@@ -340,18 +391,25 @@ def test_a_mistake_is_one_line(overrides, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_pretraining_quantized_weights_is_refused(tmp_path, capsys):
+    command = [
+        "pretrain",
+        str(TINY),
+        STORED,
+        "algorithm=fedit",
+        "--to",
+        str(tmp_path / "a.safetensors"),
+    ]
+    assert main(command) == 2
+    assert "model.quantization = nf4: pretrain trains all weights" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_library_is_one_line(monkeypatch):
-    real_import = builtins.__import__
-
-    def without_library(name, *args, **kwargs):
-        if name.partition(".")[0] == "bitsandbytes":
-            raise ImportError("No module named 'bitsandbytes'")
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_library)
-    with pytest.raises(ValueError, match="bitsandbytes is not installed; pip install") as error:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError) as error:
         quantize(gpt(), "nf4")
-    assert "fedlora-mpi[4bit]" in str(error.value)
+    assert str(error.value) == ("bitsandbytes is not installed; pip install 'fedlora-mpi[4bit]'")
 
 
 def test_the_key_is_of_every_network():

@@ -128,7 +128,7 @@ def test_without_the_library_a_line_says_so_before_anything_is_written(
     assert main(["run", str(TINY), f"output={tmp_path / 'run'}", "log.tensorboard=true"]) == 2
     said = capsys.readouterr().err
     assert (
-        f"{TINY}: log.tensorboard = true: needs tensorboardX; pip install "
+        f"{TINY}: log.tensorboard = true: tensorboardX is not installed; pip install "
         "'fedlora-mpi[tensorboard]'" in said
     )
     assert said.count("\n") == 1 and not Path(tmp_path / "run").exists()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.extras import extra_imports
 from ..data.partition import Split
 from ..store.files import replace_file
 from .report import align_columns
@@ -71,13 +72,9 @@ def figure(split: Split, names: Sequence[str] = ()) -> "Figure":
     training samples. Up to 20 classes are labelled with their ``names``. Raises ValueError if
     matplotlib is missing.
     """
-    try:
+    with extra_imports("matplotlib", "analysis", "the picture"):
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ValueError(
-            "the picture needs matplotlib: pip install 'fedlora-mpi[analysis]'"
-        ) from error
 
     counts = split.train_counts
     # [2] width, height in inches

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from ..core.extras import extra_imports
 from ..core.names import stored_names
 from ..core.paths import expand_home
 from ..data.partition import Split
@@ -233,9 +234,12 @@ class RunView:
         the initial weights are on the device "meta": they have shapes but no numbers. A change of
         these files is not noticed.
         """
-        return tuple(
-            self._network(*numbered) for numbered in enumerate(self._parsed_config.model.mix)
-        )
+        from ..config.blocks import prefix_errors
+
+        with prefix_errors(str(self._folder / "config.yaml"), "model"):
+            return tuple(
+                self._network(*numbered) for numbered in enumerate(self._parsed_config.model.mix)
+            )
 
     def _network(self, number: int, block: "Network") -> "Model":
         from ..core.losses import LOSSES
@@ -494,10 +498,6 @@ def _single_row(rows: np.ndarray) -> np.ndarray:
 
 def import_pandas():
     """Return the module pandas. Raises ValueError if it is not installed."""
-    try:
+    with extra_imports("pandas", "analysis", "tables", "use array()"):
         import pandas
-    except ImportError as error:
-        raise ValueError(
-            "tables need pandas: pip install 'fedlora-mpi[analysis]', or use array()"
-        ) from error
     return pandas

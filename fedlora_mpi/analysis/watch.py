@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..core.escapes import escape_line
+from ..core.extras import extra_imports
 from ..core.units import format_seconds
 from ..store.files import StoreError
 from ..store.lock import is_held
@@ -335,14 +336,10 @@ def _legend_line(rank_load: RankLoad) -> Line:
 
 def _watch_live(status: RunStatus, interval: float) -> None:
     """Redraw the view until the run ends; its last state stays on the screen."""
-    try:
+    with extra_imports("rich", "analysis", "the live view", "use --once"):
         from rich.console import Console
         from rich.live import Live
         from rich.text import Text
-    except ImportError as error:
-        raise ValueError(
-            "the live view needs rich: pip install 'fedlora-mpi[analysis]', or use --once"
-        ) from error
     console = Console()
 
     def render(new_status):

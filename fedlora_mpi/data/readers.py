@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from ..core.extras import extra_imports
 from ..core.losses import Targets
 from ..core.paths import expand_home
 from ..core.seeds import rng
@@ -77,13 +78,8 @@ def _digits(source: Source) -> RawData:
 
     The test set is a fixed fifth of each class.
     """
-    try:
+    with extra_imports("sklearn", "digits", "data.dataset = digits"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ValueError(
-            "data.dataset = digits: scikit-learn is not installed; pip install "
-            "'fedlora-mpi[digits]'"
-        ) from error
     digits = load_digits()
     x, y = (digits.images * 15).astype(np.uint8), digits.target
     is_test = np.zeros(len(y), dtype=bool)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ..core.extras import extra_imports
 from ..core.losses import Targets
 from .csv_texts import Row, column_index, read_rows
 from .own import OwnData
@@ -164,13 +165,9 @@ def _read_parquet(
 
 def _open_parquet(folder: str, key: str, name: str) -> "pyarrow.Table":
     """Return the content of a Parquet file. Raises ValueError if it cannot be read."""
-    try:
+    with extra_imports("pyarrow", "parquet", f"{key} = {name}"):
         import pyarrow
         from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError(
-            f"{key} = {name}: needs pyarrow ({error}); pip install 'fedlora_mpi[parquet]'"
-        ) from error
     try:
         return parquet.ParquetFile(os.path.join(folder, name)).read()
     except (OSError, pyarrow.ArrowException) as error:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.bounds import bounded
+from ..core.extras import extra_imports
 from ..core.paths import expand_home
 
 if TYPE_CHECKING:
@@ -207,15 +208,11 @@ def _normalizer(library):
 
 def _import_tokenizers():
     """Import tokenizers with the submodules used here; raise ValueError if it is not installed."""
-    try:
+    with extra_imports("tokenizers", "text", "text"):
         import tokenizers
         import tokenizers.decoders
         import tokenizers.models
         import tokenizers.normalizers
         import tokenizers.pre_tokenizers
         import tokenizers.trainers
-    except ImportError as error:
-        raise ValueError(
-            "text: tokenizers is not installed; pip install 'fedlora-mpi[text]'"
-        ) from error
     return tokenizers

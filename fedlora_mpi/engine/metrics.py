@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from ..core.extras import extra_imports
 from ..core.losses import Targets
 
 MetricName = Literal["top1", "top5", "macro_f1", "auc", "mse", "mae", "perplexity"]
@@ -110,10 +111,5 @@ def check_metrics(names: Sequence[str], targets: Targets, outputs: int) -> None:
         if outputs < metric.least_outputs:
             raise ValueError(f"metrics = {name}: is always 1 with {outputs} classes; leave it out")
     if any(METRICS[name].compute for name in names):
-        try:
+        with extra_imports("sklearn", "digits", f"metrics = {names[0]}"):
             import sklearn.metrics  # noqa: F401
-        except ImportError as error:
-            raise ValueError(
-                f"metrics = {names[0]}: scikit-learn is not installed; pip install "
-                "'fedlora-mpi[digits]'"
-            ) from error

@@ -17,6 +17,7 @@ from ..core.tree import Tree
 from ..data.datasets import Data
 from ..data.partition import Split
 from ..models.network import Model
+from ..models.quantized import QuantizedWeight
 from ..mpi.comm import Comm
 from ..mpi.ending import collectively
 from .fingerprint import (  # fmt: skip
@@ -72,7 +73,14 @@ def reconcile_ranks(
         Variables(shared, _broadcast_tree(comm, initial.personal)) for initial in initial_variables
     ]
     return (
-        tuple(replace(model, initial=_broadcast_tree(comm, model.initial)) for model in models),
+        tuple(
+            replace(
+                model,
+                initial=_broadcast_tree(comm, model.initial),
+                constants=_broadcast_tree(comm, model.constants),
+            )
+            for model in models
+        ),
         initial_variables,
         local_inventory,
     )
@@ -107,8 +115,12 @@ def _compare_ranks(
 
 def _broadcast_tree(comm: Comm, tree: Tree) -> Tree:
     """Return the leaves of rank 0. Their names, shapes and types are equal on all ranks."""
-    leaves = {}
+    leaves: Tree = {}
     for name, value in tree.items():
+        if isinstance(value, QuantizedWeight):
+            parts = dict(zip(("levels", "scales"), value.parts, strict=True))
+            leaves[name] = value.with_parts(**_broadcast_tree(comm, parts))
+            continue
         content = bytearray(comm.broadcast(tensor_bytes(value).tobytes()))
         leaves[name] = (
             torch.frombuffer(content, dtype=value.dtype).view(value.shape) if content else value

@@ -43,7 +43,7 @@ KINDS = (
     "platform",
 )
 # computed by arithmetic or a library, so the last bits may depend on the platform
-PLATFORM_DEPENDENT = ("attributes", "weights", "variables")
+PLATFORM_DEPENDENT = ("constants", "attributes", "weights", "variables")
 # stored in a run folder
 RECORDED_KINDS = (
     "data",

@@ -55,12 +55,12 @@ def run_hints(assembly: Assembly) -> list[str]:
                 "this CPU multiplies bfloat16: engine.precision=bf16 may train faster (other "
                 "numbers; weights stay float32)"
             )
-    for network in assembly.config.model.mix:
-        if network.quantization and getattr(assembly.config.algorithm, "merge", False):
-            lines.append(
-                f"model.quantization = {network.quantization}: algorithm.merge=false holds adapted "
-                "weights in 4 bits alone; true forms each of them for every client"
-            )
+    is_quantized = any(network.quantization for network in assembly.config.model.mix)
+    if is_quantized and getattr(assembly.config.algorithm, "merge", False):
+        lines.append(
+            "model.quantization: algorithm.merge=false holds adapted Linears in 4 bits alone; true "
+            "forms each of them for every client"
+        )
     return lines + _decomposition_hints(assembly)
 
 

@@ -72,6 +72,13 @@ def pretrain(
     _require(
         not os.path.lexists(to), f"--to = {to}", "the file exists; remove it or choose another"
     )
+    for key in ("adapter", "quantization"):
+        value = getattr(networks[network], key)
+        _require(
+            value is None,
+            f"model.{key} = {value}",
+            f"pretrain trains all weights of the network; set model.{key}=null",
+        )
     pack_safetensors({})  # raises ValueError if safetensors is missing
     block = ModelBlock((networks[network],), loss=config.model.loss)
     trainer, tree = _prepare(replace(config, model=block, algorithm=FedAvg()), source, classes)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.extras import extra_imports
 from ..core.paths import expand_home
 from ..core.tree import Tree
 from ..core.vision import import_torchvision
@@ -427,9 +428,7 @@ def _silence_library(library) -> Iterator[None]:
 
 def _import_transformers():
     """Import transformers; raise ValueError if it is not installed."""
-    try:
+    with extra_imports("transformers", "hf"):
         import_torchvision()  # first: transformers would import it in another way, see there
         import transformers
-    except ImportError as error:
-        raise ValueError("transformers is not installed; pip install 'fedlora-mpi[hf]'") from error
     return transformers

@@ -73,18 +73,21 @@ class ImplicitWeight(Tensor):
         raise NotImplementedError(f"{func} of a weight without memory")
 
 
-def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Tensor | None:
-    """Return x W^T + bias; None if ``weight`` is none of ours."""
-    if not isinstance(weight, ImplicitWeight) or isinstance(x, ImplicitWeight):
+# with torch's names of the arguments, as layers may give them by name
+def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Tensor | None:
+    """Return input W^T + bias; None if ``weight`` is none of ours."""
+    if not isinstance(weight, ImplicitWeight) or isinstance(input, ImplicitWeight):
         return None
-    return weight.compute_linear(x, bias)
+    return weight.compute_linear(input, bias)
 
 
-def _addmm(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
-    """Return beta bias + alpha x W; None if ``weight`` is none of ours."""
-    if not isinstance(weight, ImplicitWeight) or isinstance(x, ImplicitWeight):
+def _addmm(
+    input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1, out: Any = None
+) -> Tensor | None:
+    """Return beta input + alpha mat1 W for W = ``mat2``; None if that is none of ours."""
+    if not isinstance(mat2, ImplicitWeight) or isinstance(mat1, ImplicitWeight) or out is not None:
         return None
-    return weight.compute_addmm(bias, x, beta, alpha)
+    return mat2.compute_addmm(input, mat1, beta, alpha)
 
 
 _PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {F.linear: _linear, torch.addmm: _addmm}

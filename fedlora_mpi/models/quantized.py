@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.extras import extra_imports
 from .implicit import ImplicitWeight
 from .network import Model
 
@@ -72,15 +73,20 @@ class QuantizedWeight(ImplicitWeight):
         return numbers.view(self.shape[::-1]).mT if self.input_first else numbers.view(self.shape)
 
     def compute_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _Linear.apply(x, bias, self.form, False)
+        return _Linear.apply(_in_autocast_type(x), bias, self.form, False)
 
     def compute_addmm(self, bias: Tensor, x: Tensor, beta: float, alpha: float) -> Tensor:
-        return _Linear.apply(alpha * x, beta * bias, self.form, True)
+        return _Linear.apply(_in_autocast_type(alpha * x), beta * bias, self.form, True)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor]:
         """What is in memory, for digests and sizes."""
         return self.levels, self.scales
+
+    def with_parts(self, levels: Tensor, scales: Tensor) -> Self:
+        """Return the same weight with these parts."""
+        how = self.quantization, self.shape, self.dtype, self.input_first
+        return type(self)(levels, scales, *how)
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]  # read only, like the parts
@@ -93,9 +99,7 @@ class QuantizedWeight(ImplicitWeight):
         """Return the weight on a device if that is the only argument, else its numbers."""
         if kwargs or len(args) != 1 or not isinstance(args[0], str | torch.device):
             return self.form().to(*args, **kwargs)
-        levels, scales = (part.to(args[0]) for part in self.parts)
-        how = self.quantization, self.shape, self.dtype, self.input_first
-        return QuantizedWeight(levels, scales, *how)
+        return self.with_parts(*(part.to(args[0]) for part in self.parts))
 
     def __deepcopy__(self, memo: dict) -> Self:
         return self  # nothing changes it
@@ -115,13 +119,22 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, _, ctx.form, ctx.input_first = inputs
+        x, _, ctx.form, ctx.input_first = inputs
+        ctx.dtype = x.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        W = ctx.form().to(grad.dtype)
-        sums = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return grad @ (W.mT if ctx.input_first else W), sums, None, None
+        W = ctx.form().to(ctx.dtype)
+        sums = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return grad.to(ctx.dtype) @ (W.mT if ctx.input_first else W), sums, None, None
+
+
+def _in_autocast_type(x: Tensor) -> Tensor:
+    """Return x in the type in which autocast computes products, if it is on."""
+    kind = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def quantize(model: Model, quantization: Quantization) -> Model:
@@ -143,6 +156,10 @@ def quantize(model: Model, quantization: Quantization) -> Model:
     leaves, values = model.all_leaves, {}
     for n in names:
         value = (model.initial if n in model.initial else model.constants).pop(n)
+        if value.dtype.itemsize > 4:
+            raise ValueError(
+                f"{n} is float64, and only shorter numbers are quantized; leave it out"
+            )
         values[n] = QuantizedWeight.of(value, quantization, leaves[n].matrix == "transposed")
         del value
     return replace(
@@ -157,10 +174,6 @@ def _library() -> ModuleType:
     """Return the module bitsandbytes.functional; raise ValueError if it is missing."""
     # on some CPUs it recommends a faster product, which is not used here
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
+    with extra_imports("bitsandbytes", "4bit"):
         from bitsandbytes import functional
-    except ImportError as error:
-        raise ValueError(
-            "bitsandbytes is not installed; pip install 'fedlora-mpi[4bit]'"
-        ) from error
     return functional

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.extras import extra_imports
 from ..core.paths import expand_home
 from ..core.tree import Tree
 from ..core.vision import import_torchvision
@@ -224,11 +225,7 @@ def _read_state_dict(path: Path) -> Mapping[str, Any]:
 
 def _import_safetensors() -> ModuleType:
     """Import safetensors with its part for torch; raise ValueError if it is not installed."""
-    try:
+    with extra_imports("safetensors", "weights"):
         import safetensors
         import safetensors.torch
-    except ImportError as error:
-        raise ValueError(
-            "safetensors is not installed; pip install 'fedlora-mpi[weights]'"
-        ) from error
     return safetensors

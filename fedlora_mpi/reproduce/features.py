@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from ..core.extras import extra_imports
 from ..data.datasets import Data, load
 from ..data.source import Source
 from ..store import nolinks
@@ -48,12 +49,8 @@ def write_features(source: Source, to: Path, root: Path) -> None:
 
 def need_sklearn(what: str) -> None:
     """Raise ValueError if scikit-learn is not installed, which makes ``what``."""
-    try:
+    with extra_imports("sklearn", "digits", what):
         import sklearn  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"{what}: scikit-learn is not installed; pip install 'fedlora-mpi[digits]'"
-        ) from error
 
 
 def _principal_components(data: Data) -> tuple[np.ndarray, np.ndarray]:

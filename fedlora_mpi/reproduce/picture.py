@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.extras import extra_imports
 from ..store.files import replace_file
 from . import costs
 from .results import Result
@@ -185,12 +186,8 @@ _COST_LABELS = {
 
 def _new_axes(title: str, inches: tuple[float, float] = (6.4, 4.0)) -> "tuple[Figure, Axes]":
     """An empty plot. Raises ValueError if matplotlib is missing."""
-    try:
+    with extra_imports("matplotlib", "analysis", "the picture"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "a picture needs matplotlib: pip install 'fedlora-mpi[analysis]'"
-        ) from error
     figure = Figure(figsize=inches, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(textwrap.fill(title, 70), fontsize="medium")

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..core.disk_errors import explain_write_errors
 from ..core.escapes import csv_cell
+from ..core.extras import extra_imports
 from . import nolinks
 from .files import write_atomic
 from .reader import RunFiles
@@ -142,12 +143,8 @@ class TensorBoardSink:
 
 def import_tensorboard():
     """Return the module ``tensorboardX``. Raises ValueError when it is missing."""
-    try:
+    with extra_imports("tensorboardX", "tensorboard", "tensorboard = true"):
         import tensorboardX
-    except ImportError as error:
-        raise ValueError(
-            "tensorboard = true: needs tensorboardX; pip install 'fedlora-mpi[tensorboard]'"
-        ) from error
     return tensorboardX
 
 

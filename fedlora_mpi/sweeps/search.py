@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..analysis.groups import SEED_KEYS
+from ..core.extras import extra_imports
 from ..store.files import StoreError
 from ..store.reader import RunFiles
 from ..store.sweep_folder import STUDY_FILE
@@ -286,15 +287,11 @@ def open_study(settings: SearchSettings, folder: Path, base_seed: int) -> "optun
     base_seed: the sampler draws from it and the number of trials, so that a search that goes on
     does not draw the same numbers again. Raises ValueError.
     """
-    try:
+    with extra_imports("optuna", "tune", "a search", "leave out --sampler"):
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
         from optuna.trial import TrialState
-    except ImportError as error:
-        raise ValueError(
-            "a search needs optuna: pip install 'fedlora-mpi[tune]', or leave out --sampler"
-        ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / STUDY_FILE

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ...core.extras import extra_imports
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -92,10 +94,8 @@ def plot_style():
 
     Make and save figures within it. Raises ValueError without matplotlib.
     """
-    try:
+    with extra_imports("matplotlib", "analysis", "figures"):
         import matplotlib
-    except ImportError as error:
-        raise ValueError("figures need matplotlib: pip install 'fedlora-mpi[analysis]'") from error
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(RC_PARAMS)
