@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY, build_tiny, run_rounds, snapshots_equal
+from runs import TINY, assert_near, build_tiny, run_rounds, snapshots_equal
 from torch import nn
 from torch.nn.functional import linear
 
@@ -88,6 +88,10 @@ def linears(classes, shape):
     return Linears()
 
 
+def two_names(classes, shape):
+    return Twice()
+
+
 def embedding(classes, shape):
     return Embedding()
 
@@ -130,6 +134,24 @@ def test_a_tied_network_computes_what_it_does_in_torch(kind, training):
     expected.square().sum().backward()
     for name, value in module.named_parameters():
         assert torch.equal(leaves[name].grad, value.grad), name
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_no_value_stays_in_the_network_after_a_pass(kind):
+    """torch's functional_call left those of a module with two names behind."""
+    model, _ = made(TIED[kind])
+    for same in (model, model.eval_mode()):
+        same.classify(model.initial, same.features(model.initial, inputs()))
+        same(model.initial, inputs())
+    for module in (*model.modules, *model.bodies):
+        assert all(v.is_meta for v in (*module.parameters(), *module.buffers()))
+        assert all(isinstance(v, nn.Parameter) for v in module.parameters())
+
+
+def test_low_rank_parts_of_a_layer_with_two_names_train_in_a_stack():
+    settings = ("model=test_tied_and_frozen:two_names", "algorithm=fedit", "rounds=1")
+    (stack,), (loop,) = (run_rounds(*settings, f"engine.path={p}") for p in ("stack", "loop"))
+    assert_near(stack[-1].shared, loop[-1].shared, 1e-5)
 
 
 def test_a_leaf_in_two_places_is_one_leaf_with_the_first_name():

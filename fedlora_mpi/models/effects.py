@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from ..core.tree import Tree
 from .state import restore_attributes
+from .ties import call_with_leaves
 
 
 class Effects(NamedTuple):
@@ -44,12 +44,12 @@ class Effects(NamedTuple):
             restore_attributes(module, names),
             OutArgumentMode() if self.uses_out else nullcontext(),
         ):
-            logits = functional_call(
+            logits = call_with_leaves(
                 module, passed_leaves, (x.clone() if self.writes_input else x,)
             )
         with torch.no_grad():
             for name in self.reassigned_leaves.intersection(leaves) if training else ():
-                if passed_leaves[name] is not leaves[name]:  # functional_call stores reassignments
+                if passed_leaves[name] is not leaves[name]:  # the pass has reassigned it
                     leaves[name].copy_(passed_leaves[name])
         return logits
 

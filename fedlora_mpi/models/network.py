@@ -20,7 +20,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
@@ -36,7 +35,7 @@ from .matrices import Fused, find_fused, matrix_kind, why_no_matrix
 from .output_field import Field, TakeField, describe_output, find_field
 from .purity import check_functional, find_effects, trial_inputs
 from .substitutes import Substitutes
-from .ties import find_leaf_names, find_ties, named_tensors, restore_ties
+from .ties import call_with_leaves, find_leaf_names, find_ties, named_tensors, restore_ties
 from .unwrapping import (
     copy_module,
     explain_refusal,
@@ -204,7 +203,7 @@ class Model:
             }
             x = x.to(self.dtype) if x.is_floating_point() else x
         if effects == Effects():
-            result = functional_call(module, module_leaves, (x,))
+            result = call_with_leaves(module, module_leaves, (x,))
         else:
             result = effects.run_module(module, module_leaves, x, self.training)
         return result if self.dtype is None else result.float()

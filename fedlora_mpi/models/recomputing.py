@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from .effects import Effects
 from .network import Model
+from .ties import call_with_leaves, named_tensors
 
 
 def recompute_blocks(model: Model) -> Model:
@@ -81,18 +81,16 @@ class _Recomputed:
 
     def __init__(self, block: nn.Module) -> None:
         self._plain = _Plain(block)
+        self._names = list(named_tensors(self._plain))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._plain(*args, **kwargs)
         # those of this pass; the block has lost them when its gradient is computed
-        leaves = {
-            name: value
-            for values in (self._plain.named_parameters, self._plain.named_buffers)
-            for name, value in values(remove_duplicate=False)
-        }
+        present = named_tensors(self._plain, all_names=True)
+        leaves = {name: present[name] for name in self._names}
         return checkpoint(
-            lambda *args, **kwargs: functional_call(self._plain, leaves, args, kwargs),
+            lambda *args, **kwargs: call_with_leaves(self._plain, dict(leaves), args, kwargs),
             *args,
             use_reentrant=False,
             preserve_rng_state=False,  # noise is a function of a key, see ``Substitutes``

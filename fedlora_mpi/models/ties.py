@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from torch.func import functional_call
 
 from ..core.tree import Tree
 
@@ -31,6 +32,33 @@ def named_tensors(module: nn.Module, all_names: bool = False) -> Tree:
     all_tensors = parameters | dict(module.named_buffers(remove_duplicate=False))
     first_name = {id(v): n for n, v in reversed(all_tensors.items())}
     return {n: v for n, v in all_tensors.items() if all_names or first_name[id(v)] == n}
+
+
+def call_with_leaves(module: nn.Module, leaves: Tree, args: tuple, kwargs: Any = None) -> Any:
+    """Return ``module(*args, **kwargs)`` with parameters and buffers from ``leaves``.
+
+    leaves: by the names of ``named_tensors``; afterwards it has what the pass has put in their
+    places. torch's own way of tying leaves values in a module that has two names.
+    """
+    places = _find_places(module)
+    values = {place: leaves[name] for place, name in places.items() if name in leaves}
+    result = functional_call(module, values, args, kwargs, tie_weights=False)
+    leaves.update({name: values[name] for name in leaves if name in values})
+    return result
+
+
+def _find_places(module: nn.Module) -> dict[str, str]:
+    """Return {place: first name of its tensor}; a module with several names has its places once."""
+    first_names: dict[int, str] = {}
+    places = {}
+    owners = list(module.named_modules())
+    for registry in ("_parameters", "_buffers"):
+        for prefix, owner in owners:
+            for attribute, value in getattr(owner, registry).items():
+                if value is not None:
+                    place = f"{prefix}.{attribute}" if prefix else attribute
+                    places[place] = first_names.setdefault(id(value), place)
+    return places
 
 
 def find_ties(module: nn.Module) -> dict[str, str]:
