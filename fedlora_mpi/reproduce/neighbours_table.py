@@ -24,7 +24,7 @@ FULL_SCALE = Scale(clients=100, train=400, test=100, batch_size=50, epochs=5, ro
 # A run of FedAvg, 30 rounds * 10 clients * 200 samples * 2 epochs, takes 45 s of a CPU core without
 # AVX512; the decentralised methods take twice and FedGLOMO four times as long.
 SMALL_SCALE = FULL_SCALE._replace(clients=10, train=200, epochs=2, rounds=30)
-TUNING = Tuning((0.01, 0.03, 0.1), 1000)
+TUNING = Tuning((0.01, 0.03, 0.1, 0.3), 1000)
 LABELS = {
     "fedavg": "FedAvg",
     "fedprox": "FedProx",
