@@ -270,10 +270,12 @@ def test_a_new_head_does_not_depend_on_the_process(tmp_path):
         "5).initial.values()).item().hex())"
     )
 
+    path = f"{TESTS}:{TESTS.parent}:{os.environ.get('PYTHONPATH', '')}"
+
     def run(seed):
         return subprocess.run(
             [sys.executable, "-c", code, str(folder), family],
-            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"},
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": path},
             capture_output=True,
             text=True,
             check=True,
