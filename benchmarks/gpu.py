@@ -70,11 +70,9 @@ METHODS = {
         "scale": "official",
     },
 }
-# a backbone in 4 bits under factors, for a check alone
-FOUR_BIT = {
-    "model": {"name": "mlp", "hidden": 256, "layers": 3, "quantization": "nf4"},
-    "algorithm": {"name": "fedit", "lora_ranks": [4], "merge": False},
-}
+# factors on a backbone in 4 bits, for checks alone
+TUNED = {"fedit": {"name": "fedit", "lora_ranks": [4], "merge": False}}
+FOUR_BIT = {"name": "mlp", "hidden": 256, "layers": 3, "quantization": "nf4"}
 TARGET = 1.0  # second per round of FedLoRA
 
 
@@ -105,7 +103,7 @@ def prepare(task: dict, method: str, comm=None, lr: float = 0.1, **engine) -> As
     tree = {
         "data": {"dataset": "synthetic", "synthetic": images, "partition": holds},
         "model": task["model"],
-        "algorithm": task.get("algorithm") or METHODS[method],
+        "algorithm": (METHODS | TUNED)[method],
         "rounds": 1,
         "engine": engine,
         "train": {"epochs": task["epochs"], "batch_size": task["batch"], "lr": lr, "momentum": 0.9},
@@ -236,7 +234,7 @@ def same_numbers(device: str) -> dict:
 
 def four_bit(few: dict, device: str, engine: dict) -> dict:
     here, there = (
-        ends(prepare(few | FOUR_BIT, "", lr=0.01, device=on, **how), 4)
+        ends(prepare(few | {"model": FOUR_BIT}, "fedit", lr=0.01, device=on, **how), 4)
         for on, how in ((device, engine), ("cpu", {"path": "loop", "graphs": False}))
     )
     return bounded(apart(here, there), 5e-2)

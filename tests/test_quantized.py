@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_products_under_autocast_are_those_of_the_numbers(stacked, with_bias):
     results = []
     for w in (weight, weight.form()):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            product = lambda x, w=w: F.linear(x, w, bias)  # noqa: E731
+            product = partial(F.linear, weight=w, bias=bias)
             y = (vmap(product) if stacked else product)(x)
         results.append((y, *torch.autograd.grad(y.float().square().sum(), x)))
     assert results[0][0].dtype == results[1][0].dtype

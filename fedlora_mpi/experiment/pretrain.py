@@ -10,7 +10,7 @@ Words get their numbers from the vocabulary of the config's data; a run on the s
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..algorithm import Transport, Variables
 from ..algorithms.fedavg import FedAvg
 from ..config import Config
 from ..config.blocks import prefix_errors
-from ..config.experiment import ModelBlock
+from ..config.experiment import ModelBlock, Network
 from ..core.escapes import escape_line
 from ..core.seeds import rng
 from ..core.tree import Tree, numel
@@ -57,28 +57,7 @@ def pretrain(
     ValueError before training for what cannot be done.
     """
     epochs, networks = config.train.epochs if epochs is None else epochs, config.model.mix
-    _require(
-        ranks == 1,
-        f"{ranks} ranks",
-        "pretrain takes one; start it without mpirun (engine.threads gives it cores)",
-    )
-    _require(epochs >= 1, f"--epochs = {epochs}", "must be an integer of at least 1")
-    _require(
-        0 <= network < len(networks),
-        f"--network = {network}",
-        f"must be from 0 to {len(networks) - 1}, as in model.mix",
-    )
-    _require(to.suffix == ".safetensors", f"--to = {to}", "must be a file .safetensors")
-    _require(
-        not os.path.lexists(to), f"--to = {to}", "the file exists; remove it or choose another"
-    )
-    for key in ("adapter", "quantization"):
-        value = getattr(networks[network], key)
-        _require(
-            value is None,
-            f"model.{key} = {value}",
-            f"pretrain trains all weights of the network; set model.{key}=null",
-        )
+    _check_request(networks, network, epochs, ranks, to)
     pack_safetensors({})  # raises ValueError if safetensors is missing
     block = ModelBlock((networks[network],), loss=config.model.loss)
     trainer, tree = _prepare(replace(config, model=block, algorithm=FedAvg()), source, classes)
@@ -116,6 +95,34 @@ def pretrain(
         f"takes it as model.weights={escape_line(to)}",
         flush=True,
     )
+
+
+def _check_request(
+    networks: Sequence[Network], network: int, epochs: int, ranks: int, to: Path
+) -> None:
+    """Raise ValueError for what the command line asks and ``pretrain`` cannot do."""
+    _require(
+        ranks == 1,
+        f"{ranks} ranks",
+        "pretrain takes one; start it without mpirun (engine.threads gives it cores)",
+    )
+    _require(epochs >= 1, f"--epochs = {epochs}", "must be an integer of at least 1")
+    _require(
+        0 <= network < len(networks),
+        f"--network = {network}",
+        f"must be from 0 to {len(networks) - 1}, as in model.mix",
+    )
+    _require(to.suffix == ".safetensors", f"--to = {to}", "must be a file .safetensors")
+    _require(
+        not os.path.lexists(to), f"--to = {to}", "the file exists; remove it or choose another"
+    )
+    for key in ("adapter", "quantization"):
+        value = getattr(networks[network], key)
+        _require(
+            value is None,
+            f"model.{key} = {value}",
+            f"pretrain trains all weights of the network; set model.{key}=null",
+        )
 
 
 def parse_classes(text: str | None, classes: int) -> list[int]:

@@ -3,6 +3,7 @@
 Layers need no change, since the weight is a tensor that computes its own products.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Self
 
@@ -38,17 +39,17 @@ class ImplicitWeight(Tensor):
         """Return a tensor without memory."""
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
+    @abstractmethod
     def form(self) -> Tensor:
         """Return the numbers, in the shape and type of the weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W^T + bias, [..., O], for x [..., I]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute_addmm(self, bias: Tensor, x: Tensor, beta: float, alpha: float) -> Tensor:
         """Return beta bias + alpha x W, [B, I], for x [B, O]."""
-        raise NotImplementedError
 
     @classmethod
     def __torch_function__(
@@ -70,7 +71,7 @@ class ImplicitWeight(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> NoReturn:  # type: ignore[override]
         """Called where torch would read numbers that are not there."""
-        raise NotImplementedError(f"{func} of a weight without memory")
+        raise RuntimeError(f"{func} of a weight without memory")
 
 
 # with torch's names of the arguments, as layers may give them by name

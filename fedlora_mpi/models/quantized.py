@@ -161,7 +161,6 @@ def quantize(model: Model, quantization: Quantization) -> Model:
                 f"{n} is float64, and only shorter numbers are quantized; leave it out"
             )
         values[n] = QuantizedWeight.of(value, quantization, leaves[n].matrix == "transposed")
-        del value
     return replace(
         model,
         leaves={n: leaf for n, leaf in model.leaves.items() if n not in values},
